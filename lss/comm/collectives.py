@@ -1,0 +1,164 @@
+"""The collectives, over one process group: asynchronous, counted, and nothing at all on a group of one rank.
+
+This is the only file that moves tensors between ranks. Each call returns a `Pending` whose `wait()` gives the result;
+between the two the caller computes. Tensors handed in must not be written until `wait()` has returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lss.comm.counter import record
+
+# torch 2.13 renamed these two and warns about the old names, which are the only ones before it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+R = TypeVar("R")
+
+
+class Pending(Generic[R]):
+    """A collective under way. `wait()` returns its result, on a GPU by ordering the current stream behind it."""
+
+    def __init__(self, works: Sequence[Any], result: Callable[[], R], keep: object = None) -> None:
+        self._works = works
+        self._result = result
+        self._keep = keep  # the input must outlive the transfer
+
+    def wait(self) -> R:
+        """Wait for the transfer and return the result."""
+        for work in self._works:
+            work.wait()
+        self._works = ()
+        self._keep = None
+        return self._result()
+
+
+class Communicator:
+    """The collectives of one process group, from the point of view of this rank.
+
+    Args:
+        group: the process group, or None for a group of one rank, where every call returns its input and issues nothing.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        alone = group is None or dist.get_world_size(group) == 1
+        self.group = None if alone else group
+        self.size = 1 if self.group is None else dist.get_world_size(self.group)
+        self.rank = 0 if self.group is None else dist.get_rank(self.group)
+
+    # -- the two collectives of a layer ------------------------------------------------------------------------------
+
+    def all_gather_kv(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[tuple[torch.Tensor, torch.Tensor]]:
+        """Gather every rank's keys and values in one all-gather.
+
+        Returns k and v of shape (B, cp*T, K, H), tokens in rank order, as views of one buffer (tokens outermost, so
+        that the ranks' parts lie behind one another for any batch and no copy follows).
+        Collectives: one all-gather of 2*B*S*K*H elements. Memory: that buffer and a staging copy of the local part.
+        """
+        if self.group is None:
+            return Pending((), lambda: (k_BTKH, v_BTKH))
+        kv_T2BKH = torch.stack((k_BTKH.transpose(0, 1), v_BTKH.transpose(0, 1)), dim=1)
+        kv_S2BKH = kv_T2BKH.new_empty(self.size * kv_T2BKH.shape[0], *kv_T2BKH.shape[1:])
+        record("all_gather", "kv", kv_S2BKH)
+        work = _all_gather(kv_S2BKH, kv_T2BKH, group=self.group, async_op=True)
+        return Pending((work,), lambda: split_kv(kv_S2BKH), kv_T2BKH)
+
+    def reduce_scatter_dkv(self, dkv_S2BKH: torch.Tensor) -> Pending[tuple[torch.Tensor, torch.Tensor]]:
+        """Sum every rank's dK and dV and hand each rank its own tokens' part, in one reduce-scatter.
+
+        Takes the buffer of `new_dkv`, tokens in rank order. Returns dk and dv of shape (B, T, K, H).
+        Collectives: one reduce-scatter of 2*B*S*K*H elements.
+        """
+        if self.group is None:
+            return Pending((), lambda: split_kv(dkv_S2BKH))
+        dkv_T2BKH = dkv_S2BKH.new_empty(dkv_S2BKH.shape[0] // self.size, *dkv_S2BKH.shape[1:])
+        record("reduce_scatter", "dkv", dkv_S2BKH)
+        work = _reduce_scatter(dkv_T2BKH, dkv_S2BKH, group=self.group, async_op=True)
+        return Pending((work,), lambda: split_kv(dkv_T2BKH), dkv_S2BKH)
+
+    # -- the rivals' collectives -------------------------------------------------------------------------------------
+
+    def all_gather(self, x: torch.Tensor, dim: int, purpose: str) -> Pending[torch.Tensor]:
+        """Concatenate every rank's `x` along `dim`, in rank order."""
+        if self.group is None:
+            return Pending((), lambda: x)
+        local = x.movedim(dim, 0).contiguous()
+        gathered = local.new_empty(self.size * local.shape[0], *local.shape[1:])
+        record("all_gather", purpose, gathered)
+        work = _all_gather(gathered, local, group=self.group, async_op=True)
+        return Pending((work,), lambda: gathered.movedim(0, dim), local)
+
+    def reduce_scatter(self, x: torch.Tensor, dim: int, purpose: str) -> Pending[torch.Tensor]:
+        """Sum every rank's `x`, cut the sum along `dim` in rank order and return this rank's part."""
+        if self.group is None:
+            return Pending((), lambda: x)
+        whole = x.movedim(dim, 0).contiguous()
+        part = whole.new_empty(whole.shape[0] // self.size, *whole.shape[1:])
+        record("reduce_scatter", purpose, whole)
+        work = _reduce_scatter(part, whole, group=self.group, async_op=True)
+        return Pending((work,), lambda: part.movedim(0, dim), whole)
+
+    def all_to_all(self, parts: Sequence[torch.Tensor], sizes: Sequence[int], purpose: str) -> Pending[list[torch.Tensor]]:
+        """Send `parts[d]` to rank d; return what each rank sent here, flat, `sizes[s]` elements from rank s."""
+        if self.group is None:
+            return Pending((), lambda: [parts[0].reshape(-1)])
+        sent = torch.cat([part.reshape(-1) for part in parts])
+        received = sent.new_empty(sum(sizes))
+        record("all_to_all", purpose, sent)
+        work = dist.all_to_all_single(
+            received, sent, list(sizes), [part.numel() for part in parts], group=self.group, async_op=True
+        )
+        return Pending((work,), lambda: list(received.split(list(sizes))), sent)
+
+    def shift(self, x: torch.Tensor, purpose: str) -> Pending[torch.Tensor]:
+        """Send `x` to the next rank of the ring and return what the previous one sent."""
+        if self.group is None:
+            return Pending((), lambda: x)
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        # peers are named by their global rank, which is not their rank in this group
+        to = dist.get_global_rank(self.group, (self.rank + 1) % self.size)
+        source = dist.get_global_rank(self.group, (self.rank - 1) % self.size)
+        record("send_recv", purpose, x)
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, x, to, self.group), dist.P2POp(dist.irecv, received, source, self.group)]
+        )
+        return Pending(works, lambda: received, x)
+
+    # -- sums and copies ---------------------------------------------------------------------------------------------
+
+    def all_reduce(self, x: torch.Tensor, purpose: str) -> Pending[torch.Tensor]:
+        """Sum `x` over the ranks, in place."""
+        if self.group is None:
+            return Pending((), lambda: x)
+        record("all_reduce", purpose, x)
+        work = dist.all_reduce(x, group=self.group, async_op=True)
+        return Pending((work,), lambda: x)
+
+    def broadcast(self, x: torch.Tensor, purpose: str) -> Pending[torch.Tensor]:
+        """Copy the first rank's `x` to every rank, in place."""
+        if self.group is None:
+            return Pending((), lambda: x)
+        record("broadcast", purpose, x)
+        work = dist.broadcast(x, dist.get_global_rank(self.group, 0), group=self.group, async_op=True)
+        return Pending((work,), lambda: x)
+
+
+def new_dkv(like_BTKH: torch.Tensor, length: int) -> torch.Tensor:
+    """A zeroed buffer for `reduce_scatter_dkv`: shape (length, 2, B, K, H).
+
+    Half precision is summed in float32: with many ranks, adding bfloat16 partial sums loses what the kernel kept.
+    """
+    B, _, K, H = like_BTKH.shape
+    dtype = torch.promote_types(like_BTKH.dtype, torch.float32)
+    return torch.zeros(length, 2, B, K, H, dtype=dtype, device=like_BTKH.device)
+
+
+def split_kv(kv_T2BKH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of a fused buffer (T, 2, B, K, H) as k and v of shape (B, T, K, H)."""
+    return kv_T2BKH[:, 0].transpose(0, 1), kv_T2BKH[:, 1].transpose(0, 1)

@@ -1,0 +1,83 @@
+"""Counting collectives: how many calls, how many elements and bytes, of which kind and for what.
+
+Bytes are the payload: the size of the gathered output, of the scatter's input, of the buffer that is reduced or sent.
+What crosses a wire is that times (n-1)/n for a gather or a scatter over n ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+# Backward runs on autograd's own threads, so neither a context variable nor a thread-local would see it: like torch's
+# own counting modes, the counters that are listening stand in one list of the process.
+_LISTENING: list[CollectiveCounter] = []
+
+
+@dataclass
+class Tally:
+    """Calls, elements and bytes of one kind of collective."""
+
+    calls: int = 0
+    elements: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class CollectiveCounter:
+    """Tallies by (kind, purpose): kind as in "all_gather", purpose as in "kv", "dkv", "gradients", "loss"."""
+
+    tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
+
+    def calls(self, kind: str | None = None, purpose: str | None = None) -> int:
+        """Number of calls, of one kind and purpose or of all."""
+        return self._sum("calls", kind, purpose)
+
+    def elements(self, kind: str | None = None, purpose: str | None = None) -> int:
+        """Payload in elements, of one kind and purpose or of all."""
+        return self._sum("elements", kind, purpose)
+
+    def bytes(self, kind: str | None = None, purpose: str | None = None) -> int:
+        """Payload in bytes, of one kind and purpose or of all."""
+        return self._sum("bytes", kind, purpose)
+
+    def _sum(self, what: str, kind: str | None, purpose: str | None) -> int:
+        return sum(
+            getattr(tally, what)
+            for (k, p), tally in self.tallies.items()
+            if kind in (None, k) and purpose in (None, p)
+        )
+
+    def add(self, kind: str, purpose: str, payload: torch.Tensor) -> None:
+        """Count one call with this payload."""
+        tally = self.tallies.setdefault((kind, purpose), Tally())
+        tally.calls += 1
+        tally.elements += payload.numel()
+        tally.bytes += payload.numel() * payload.element_size()
+
+    def rows(self) -> list[tuple[str, str, int, int]]:
+        """(kind, purpose, calls, bytes), sorted, for a table."""
+        return [(kind, purpose, t.calls, t.bytes) for (kind, purpose), t in sorted(self.tallies.items())]
+
+
+@contextmanager
+def count_collectives() -> Iterator[CollectiveCounter]:
+    """Count every collective that this process issues inside the block, backward passes included.
+
+    A group of one rank issues nothing and counts nothing.
+    """
+    counter = CollectiveCounter()
+    _LISTENING.append(counter)
+    try:
+        yield counter
+    finally:
+        _LISTENING.remove(counter)
+
+
+def record(kind: str, purpose: str, payload: torch.Tensor) -> None:
+    """Tell every listening counter of one call."""
+    for counter in _LISTENING:
+        counter.add(kind, purpose, payload)

@@ -1,0 +1,140 @@
+"""Cutting tensors along the sequence and putting them back."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from lss.comm import Communicator
+from lss.config.errors import Refused, refuse
+from lss.mesh import axis_group
+from lss.segment import Segment
+from lss.segment import make_segment as _make_segment
+
+IGNORE_INDEX = -100
+
+
+def make_segment(
+    seq_len: int, mesh: DeviceMesh, order: str = "head_tail", cu_seqlens: torch.Tensor | None = None
+) -> Segment:
+    """This rank's segment of a sequence of `seq_len` tokens: global positions, index maps and attention blocks.
+
+    Args:
+        seq_len: S, any length >= 1; it is padded inside so that all ranks hold equally many tokens.
+        mesh: from `init_mesh`; its "cp" axis shares the sequence.
+        order: "head_tail" (balanced under a causal mask) or "contiguous".
+        cu_seqlens: packed documents; refused in this version.
+
+    Raises:
+        Refused: an unknown order, a length below 1, packed documents.
+    """
+    if cu_seqlens is not None:
+        raise refuse("cu_seqlens", "a tensor", "packed documents are not supported in this version; give one document")
+    comm = Communicator(axis_group(mesh, ("cp",)))
+    return _make_segment(seq_len, cp=comm.size, rank=comm.rank, order=order)
+
+
+def shard(
+    x: torch.Tensor,
+    mesh: DeviceMesh,
+    dim: int = 1,
+    order: str = "head_tail",
+    *,
+    seg: Segment | None = None,
+    pad_value: float | None = None,
+) -> torch.Tensor:
+    """Cut `x`, whole and equal on every rank of the cp group, along `dim`; returns this rank's tokens.
+
+    The sequence is padded at its end so that every rank gets T = padded_len / cp tokens. Padding is 0 in floating
+    point tensors and False in boolean ones. In integer tensors it is -100, which no loss counts; that no label is
+    counted by mistake matters more than that token ids can be embedded, so give `pad_value=0` for token ids.
+
+    Args:
+        x: any tensor; size S along `dim`.
+        seg: the segment to cut by, instead of `order`.
+        pad_value: what stands at padding, instead of the above.
+
+    Collectives: none. Differentiable: the gradient of `x` is this rank's part of it, 0 elsewhere.
+    """
+    seg = seg or make_segment(x.shape[dim], mesh, order)
+    if x.shape[dim] != seg.seq_len:
+        raise refuse("x", tuple(x.shape), f"its size along dim {dim} is not the segment's seq_len {seg.seq_len}")
+    if pad_value is None:
+        pad_value = IGNORE_INDEX if not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool) else 0
+    parts = []
+    for start, stop in seg.spans:
+        true_stop = min(stop, seg.seq_len)
+        if true_stop > start:
+            parts.append(x.narrow(dim, start, true_stop - start))
+        padding = stop - max(start, true_stop)
+        if padding:
+            shape = list(x.shape)
+            shape[dim] = padding
+            parts.append(x.new_full(shape, pad_value))
+    return torch.cat(parts, dim)
+
+
+def unshard(
+    x_local: torch.Tensor,
+    mesh: DeviceMesh,
+    dim: int = 1,
+    order: str = "head_tail",
+    *,
+    length: int | None = None,
+    seg: Segment | None = None,
+) -> torch.Tensor:
+    """Put the ranks' parts back together: the whole tensor in sequence order, on every rank.
+
+    Args:
+        x_local: (..., T, ...) on every rank, equal shapes.
+        length: the true S where `shard` had to pad; the padding is cut off. Without it the padded length is returned.
+        seg: the segment that was cut by, instead of `order` and `length`.
+
+    Collectives: one all-gather of cp * x_local.numel() elements; in backward one reduce-scatter of as many: the
+    gradient is that of the *sum* of the ranks' losses, so a loss that every rank computes alike on the whole tensor
+    must be divided by cp.
+    """
+    comm = Communicator(axis_group(mesh, ("cp",)))
+    if seg is None:
+        padded = x_local.shape[dim] * comm.size
+        seg = _make_segment(length if length is not None else padded, cp=comm.size, rank=comm.rank, order=order)
+        if seg.padded_len != padded and comm.size * x_local.shape[dim] != seg.padded_len:
+            raise refuse(
+                "length", length, f"{comm.size} ranks hold {x_local.shape[dim]} tokens each, which is no cut of it in "
+                f"{order!r} order; a cut of it would give {seg.local_len} each"
+            )  # fmt: skip
+    elif x_local.shape[dim] != seg.local_len:
+        raise refuse("x_local", tuple(x_local.shape), f"dim {dim} is not the segment's {seg.local_len} tokens")
+    gathered = _Unshard.apply(x_local, dim, comm)
+    return seg.reorder(gathered, dim % x_local.dim(), seg.chunk_order).narrow(dim, 0, seg.seq_len)
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim: int, comm: Communicator):
+        ctx.dim, ctx.comm = dim, comm
+        # autograd must not see an input returned as it is
+        return comm.all_gather(x, dim, "unshard").wait() if comm.size > 1 else x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return ctx.comm.reduce_scatter(grad, ctx.dim, "unshard").wait(), None, None
+
+
+def segment_for(q: torch.Tensor, comm: Communicator, order: str, seq_len: int | None, seg: Segment | None) -> Segment:
+    """The segment that local tensors of q's length were cut by; refuses a length that does not fit them."""
+    T = q.shape[1]
+    if seg is None:
+        seg = _make_segment(T * comm.size if seq_len is None else seq_len, cp=comm.size, rank=comm.rank, order=order)
+    elif (seg.cp, seg.rank) != (comm.size, comm.rank):
+        raise Refused(f"seg is rank {seg.rank} of {seg.cp}, but this is rank {comm.rank} of cp={comm.size}.")
+    elif seq_len not in (None, seg.seq_len):
+        raise refuse("seq_len", seq_len, f"the segment given is of a sequence of {seg.seq_len}")
+    if seg.local_len != T:
+        raise refuse(
+            "seq_len", seg.seq_len, f"cut over cp={comm.size} in {seg.order!r} order it gives {seg.local_len} tokens a "
+            f"rank, but q has {T}; cut with lss.shard and pass the true length as seq_len"
+        )  # fmt: skip
+    return seg

@@ -1,0 +1,117 @@
+"""Attention by the fused operators that ship with torch: the CPU flash operator, and flash and cuDNN on CUDA.
+
+The CPU and the cuDNN operators align a rectangular causal mask top-left, which is wrong for any segment but the first;
+there a rectangle is split into the past (all seen) and the square diagonal, and merged by log-sum-exp. Torch's flash
+operator on CUDA aligns bottom-right and needs one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from lss.kernels.merge import merge
+
+aten = torch.ops.aten
+_cudnn_forward = aten._scaled_dot_product_cudnn_attention
+_cudnn_backward = aten._scaled_dot_product_cudnn_attention_backward
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def cpu_forward(q, k, v, *, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward by the CPU flash operator; shapes and dtypes as in `reference.forward`."""
+    dtype = q.dtype
+    # without bf16 matrix instructions float32 is the faster arithmetic here, and it rounds once instead of per part
+    q, k, v = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k, v))
+    out, lse = _split_forward(_cpu_call, q, k, v, causal, scale)
+    return out.to(dtype), lse
+
+
+def cpu_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Tensors:
+    """Backward by the CPU flash operator from the global out and lse; float32 for half precision inputs."""
+    tensors = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (dout, q, k, v, out))
+    return _split_backward(_cpu_grad, *tensors, lse, causal, scale)
+
+
+def flash_forward(q, k, v, *, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward by torch's CUDA flash operator (float16, bfloat16; head size a multiple of 8, at most 256)."""
+    out, lse, *_ = aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+    )
+    return out, lse
+
+
+def flash_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Tensors:
+    """Backward by torch's CUDA flash operator from the global out and lse; gradients in q's dtype."""
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # dropout's random state, read only where there is dropout
+    return aten._flash_attention_backward(
+        dout, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, unused, unused[:0], scale=scale
+    )
+
+
+def cudnn_forward(q, k, v, *, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward by cuDNN (float16, bfloat16; head size a multiple of 8, at most 128)."""
+    out, lse = _split_forward(_cudnn_call, q, k, v, causal, scale)
+    return out.to(q.dtype), lse
+
+
+def cudnn_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Tensors:
+    """Backward by cuDNN from the global out and lse; gradients in q's dtype, float32 where a rectangle was split."""
+    return _split_backward(_cudnn_grad, dout, q, k, v, out, lse, causal, scale)
+
+
+# -- one square or unmasked call of each operator, in its own layout ---------------------------------------------------
+
+
+def _heads_first(*tensors: torch.Tensor) -> Tensors:
+    return tuple(x.transpose(1, 2) for x in tensors)
+
+
+def _cpu_call(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(q, k, v), 0.0, causal, scale=scale)
+    return out.transpose(1, 2), lse
+
+
+def _cpu_grad(dout, q, k, v, out, lse, causal: bool, scale: float) -> Tensors:
+    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *_heads_first(dout, q, k, v, out), lse, 0.0, causal, scale=scale
+    )
+    return _heads_first(*grads)
+
+
+def _cudnn_call(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = _cudnn_forward(*_heads_first(q, k, v), None, True, 0.0, causal, False, scale=scale)
+    return out.transpose(1, 2), lse.reshape(lse.shape[:3])
+
+
+def _cudnn_grad(dout, q, k, v, out, lse, causal: bool, scale: float) -> Tensors:
+    unused = torch.zeros(1, dtype=torch.int64, device=q.device)  # seed and offset of a dropout that is off
+    lengths = (None, None, q.shape[1], k.shape[1])
+    grads = _cudnn_backward(
+        *_heads_first(dout, q, k, v, out), lse.unsqueeze(-1), unused, unused, None, *lengths, 0.0, causal, scale=scale
+    )
+    return _heads_first(*grads)
+
+
+# -- bottom-right alignment out of top-left operators ------------------------------------------------------------------
+
+
+def _split_forward(call: Callable, q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    past = k.shape[1] - q.shape[1]
+    if not causal or past == 0:
+        return call(q, k, v, causal, scale)
+    seen = call(q, k[:, :past], v[:, :past], False, scale)
+    diagonal = call(q, k[:, past:], v[:, past:], True, scale)
+    return merge(*seen, *diagonal)
+
+
+def _split_backward(grad: Callable, dout, q, k, v, out, lse, causal: bool, scale: float) -> Tensors:
+    past = k.shape[1] - q.shape[1]
+    if not causal or past == 0:
+        return grad(dout, q, k, v, out, lse, causal, scale)
+    dq, dk, dv = grad(dout, q, k[:, :past], v[:, :past], out, lse, False, scale)
+    dq2, dk2, dv2 = grad(dout, q, k[:, past:], v[:, past:], out, lse, True, scale)
+    dq = dq.to(lse.dtype) + dq2  # the two halves of a half precision dq are added in float32
+    return dq, torch.cat((dk, dk2), dim=1), torch.cat((dv, dv2), dim=1)

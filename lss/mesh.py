@@ -1,0 +1,205 @@
+"""The mesh of ranks, dp x cp, and the process group behind it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lss.config.errors import Refused, refuse
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """What a launcher told this process: its place among all ranks and where they meet."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    address: str
+    port: int
+
+
+# (name, variable that says it is this launcher, rank, world size, local rank, local world size)
+_LAUNCHERS = (
+    ("torchrun", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+     "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("mpirun", "PMI_RANK", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("srun", "SLURM_PROCID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE"),
+)  # fmt: skip
+_DEFAULT_PORT = 29500
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name)
+    if text is None:
+        raise Refused(f"{name} is not set, though the other variables of its launcher are; start every rank through it.")
+    try:
+        # Slurm writes lists such as "4(x2),3": the first count serves for the ranks of a node
+        return int(text.split("(")[0].split(",")[0])
+    except ValueError:
+        raise refuse(name, repr(text), "not a whole number") from None
+
+
+def _first_host(nodelist: str) -> str:
+    """First host of a Slurm list such as "gpu[003-010,12],login1"."""
+    head = nodelist.split(",")[0]
+    if "[" not in head:
+        return head
+    prefix, rest = head.split("[", 1)
+    return prefix + rest.rstrip("]").split("-")[0]
+
+
+def _address(environ: Mapping[str, str], launcher: str, one_host: bool) -> str:
+    if environ.get("MASTER_ADDR"):
+        return environ["MASTER_ADDR"]
+    if one_host:
+        return "127.0.0.1"
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if launcher == "srun" and nodes:
+        return _first_host(nodes)
+    raise Refused(f"MASTER_ADDR is not set: {launcher} started ranks on several hosts; name the host of rank 0 in it.")
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    if environ.get("MASTER_PORT"):
+        port = _number(environ, "MASTER_PORT")
+        if not 0 < port < 65536:
+            raise refuse("MASTER_PORT", port, "not a port; use 1 to 65535")
+        return port
+    # every rank of a job knows its number, and two jobs on one host then meet at different ports
+    job = environ.get("SLURM_JOB_ID", "0")
+    return _DEFAULT_PORT + (int(job) % 10000 if job.isdigit() else 0)
+
+
+def rank_environment(environ: Mapping[str, str] | None = None) -> RankEnvironment | None:
+    """Read the variables of torchrun, mpirun (Open MPI, MPICH) or srun; None where no launcher set any.
+
+    Raises:
+        Refused: a variable is missing, not a number or out of range.
+    """
+    environ = os.environ if environ is None else environ
+    for launcher, mark, rank_name, world_name, local_name, local_world_name in _LAUNCHERS:
+        if not environ.get(mark):
+            continue
+        if launcher == "srun" and environ.get("SLURM_STEP_NUM_TASKS"):
+            world_name = "SLURM_STEP_NUM_TASKS"
+        rank, world = _number(environ, rank_name), _number(environ, world_name)
+        local_world = _number(environ, local_world_name) if environ.get(local_world_name) else world
+        local_rank = _number(environ, local_name) if environ.get(local_name) else rank % local_world
+        if not 0 <= rank < world:
+            raise refuse(rank_name, rank, f"outside {world_name}={world}; ranks count from 0 to {world - 1}")
+        address = _address(environ, launcher, one_host=local_world >= world)
+        return RankEnvironment(launcher, rank, world, local_rank, local_world, address, _port(environ))
+    return None
+
+
+def world_size() -> int:
+    """Ranks of this run: of the process group where one exists, else of the launcher, else 1."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    environment = rank_environment()
+    return environment.world_size if environment else 1
+
+
+def pick_device_type(local_world_size: int = 1) -> str:
+    """"cuda" where this host has a GPU for each of its ranks, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size else "cpu"
+
+
+def _init_process_group(device_type: str | None, timeout: timedelta) -> str:
+    environment = rank_environment()
+    device_type = device_type or pick_device_type(environment.local_world_size if environment else 1)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    if environment is None:
+        # one rank talks to nobody: an in-process store, no port
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return device_type
+    if device_type == "cuda":
+        torch.cuda.set_device(environment.local_rank)
+    if environment.address in ("127.0.0.1", "localhost"):
+        # gloo otherwise announces the host's outer address, which need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if os.path.exists("/sys/class/net/lo") else "lo0")
+    try:
+        dist.init_process_group(
+            backend,
+            init_method="env://" if environment.launcher == "torchrun" else f"tcp://{environment.address}:{environment.port}",
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=timeout,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise Refused(
+            f"MASTER_ADDR={environment.address}, MASTER_PORT={environment.port}: rank {environment.rank} of "
+            f"{environment.world_size} could not meet the others there ({reason})."
+        ) from error
+    return device_type
+
+
+def init_mesh(
+    cp: int = 1, dp: int = 1, *, device_type: str | None = None, timeout: timedelta = timedelta(minutes=10)
+) -> DeviceMesh:
+    """Make the mesh of dp x cp ranks, starting torch's process group where there is none yet.
+
+    Ranks of one cp group are neighbours: rank = dp_index * cp + cp_index. Works under torchrun, srun and mpirun, and
+    alone, as one rank.
+
+    Args:
+        cp: ranks that share one sequence.
+        dp: groups that take different sequences.
+        device_type: "cuda" (NCCL) or "cpu" (gloo); by default CUDA where the host has a GPU for each of its ranks.
+        timeout: after which a collective that not all ranks reach is given up.
+
+    Returns:
+        A torch `DeviceMesh` with axes "dp" and "cp".
+
+    Raises:
+        Refused: the number of running ranks is not dp * cp, or a launcher's variables are missing or wrong.
+    """
+    for name, value in (("cp", cp), ("dp", dp)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise refuse(name, value, "give a whole number of ranks, 1 or more")
+    ranks = world_size()
+    if cp * dp != ranks:
+        raise Refused(
+            f"cp={cp} x dp={dp} needs {cp * dp} ranks and {ranks} {'is' if ranks == 1 else 'are'} running: "
+            f"start {cp * dp}, or choose cp and dp whose product is {ranks}."
+        )
+    if dist.is_initialized():
+        device_type = device_type or ("cuda" if dist.get_backend() == "nccl" else "cpu")
+    else:
+        device_type = _init_process_group(device_type, timeout)
+    return init_device_mesh(device_type, (dp, cp), mesh_dim_names=("dp", "cp"))
+
+
+def axis_group(mesh: DeviceMesh, axes: Sequence[str]) -> dist.ProcessGroup | None:
+    """The process group over these axes of the mesh; None where they hold one rank together.
+
+    `axes` is ("cp",), ("dp",) or ("dp", "cp"), the last flattened into one group, so that a sum over both is one
+    collective.
+    """
+    names = mesh.mesh_dim_names or ()
+    missing = [axis for axis in axes if axis not in names]
+    if missing:
+        raise refuse("mesh", tuple(names), f"it has no axis {missing[0]!r}; make it with lss.init_mesh(cp, dp)")
+    wide = [axis for axis in axes if mesh[axis].size() > 1]
+    if not wide:
+        return None
+    if len(wide) == 1:
+        return mesh.get_group(wide[0])
+    return mesh[tuple(axes)]._flatten("_".join(axes)).get_group()
+
+
+def close() -> None:
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,165 @@
+"""Orders: how a sequence of S tokens is cut into one segment per rank.
+
+The sequence is padded at its end to `padded_len` and cut into equal chunks. `contiguous` gives rank r chunk r of
+cp chunks (the paper's cut). `head_tail` cuts into 2*cp chunks and gives rank r chunks r and 2*cp-1-r, so that under
+a causal mask every rank has the same area of scores to compute. In both, each run of consecutive tokens that a rank
+holds sees a *prefix* of the keys: one local attention call with a bottom-right aligned causal mask per run, and no
+merging of partial results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from lss.config.errors import refuse
+
+CHUNKS_PER_RANK = {"contiguous": 1, "head_tail": 2}
+ORDERS = tuple(CHUNKS_PER_RANK)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One local attention call: queries [q_start, q_stop) of this rank's tokens, keys [k_start, k_stop) of the sequence.
+
+    With `causal` the mask is aligned bottom-right: the last query sees the last key of the block.
+    """
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One rank's part of a sequence of `seq_len` tokens.
+
+    Attributes:
+        seq_len: S, the true length. Padding brings it up to `padded_len`; positions >= S are padding.
+        cp, rank: size of the context-parallel group and this rank's place in it.
+        order: "contiguous" or "head_tail".
+    """
+
+    seq_len: int
+    cp: int
+    rank: int
+    order: str
+
+    @cached_property
+    def chunks(self) -> tuple[int, ...]:
+        """Global chunk numbers of this rank, in local order."""
+        # one rank holds everything: both orders are the sequence itself, and padding to an even length would be waste
+        if self.cp == 1 or self.order == "contiguous":
+            return (self.rank,)
+        return (self.rank, 2 * self.cp - 1 - self.rank)
+
+    @property
+    def n_chunks(self) -> int:
+        """Number of chunks of the whole sequence."""
+        return len(self.chunks) * self.cp
+
+    @property
+    def chunk_len(self) -> int:
+        """Tokens in each chunk, padding included."""
+        return -(-self.seq_len // self.n_chunks)
+
+    @property
+    def local_len(self) -> int:
+        """T: tokens this rank holds, padding included; the same on every rank."""
+        return self.chunk_len * len(self.chunks)
+
+    @property
+    def padded_len(self) -> int:
+        """cp * T: the length of the gathered sequence."""
+        return self.local_len * self.cp
+
+    @cached_property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Runs [start, stop) of consecutive global positions in local order; they may run into the padding."""
+        runs: list[tuple[int, int]] = []
+        for chunk in self.chunks:
+            start, stop = chunk * self.chunk_len, (chunk + 1) * self.chunk_len
+            if runs and runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], stop)
+            else:
+                runs.append((start, stop))
+        return tuple(runs)
+
+    @cached_property
+    def local_runs(self) -> tuple[tuple[int, int, int, int], ...]:
+        """The true tokens: (local start, local stop, global start, global stop) of each run, padding cut off."""
+        runs, local = [], 0
+        for start, stop in self.spans:
+            true_stop = min(stop, self.seq_len)
+            if true_stop > start:
+                runs.append((local, local + true_stop - start, start, true_stop))
+            local += stop - start
+        return tuple(runs)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Global position of each local token: int64, shape (T,), on the CPU; values >= seq_len mark padding."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.spans])
+
+    @property
+    def true_len(self) -> int:
+        """Local tokens that are not padding."""
+        return sum(stop - start for start, stop, _, _ in self.local_runs)
+
+    @cached_property
+    def chunk_order(self) -> tuple[int, ...] | None:
+        """For sequence order: which chunk of the rank-ordered gather stands at each place; None where it already does."""
+        per_rank = len(self.chunks)
+        place = {c: r * per_rank + i for r in range(self.cp) for i, c in enumerate(self.peer(r).chunks)}
+        order = tuple(place[c] for c in range(self.n_chunks))
+        return None if order == tuple(range(self.n_chunks)) else order
+
+    @cached_property
+    def rank_order(self) -> tuple[int, ...] | None:
+        """The inverse of `chunk_order`: which chunk in sequence order stands at each place of the rank-ordered layout."""
+        if self.chunk_order is None:
+            return None
+        return tuple(c for r in range(self.cp) for c in self.peer(r).chunks)
+
+    def peer(self, rank: int) -> Segment:
+        """The segment that another rank of the group holds."""
+        return Segment(self.seq_len, self.cp, rank, self.order)
+
+    def blocks(self, causal: bool) -> tuple[Block, ...]:
+        """The local attention calls of this rank; padding is in none of them, as query or as key."""
+        blocks: list[Block] = []
+        for q_start, q_stop, _, stop in self.local_runs:
+            if causal:
+                blocks.append(Block(q_start, q_stop, 0, stop, True))
+            elif blocks and blocks[-1].q_stop == q_start:
+                blocks[-1] = Block(blocks[-1].q_start, q_stop, 0, self.seq_len, False)
+            else:
+                blocks.append(Block(q_start, q_stop, 0, self.seq_len, False))
+        return tuple(blocks)
+
+    def reorder(self, x: torch.Tensor, dim: int, order: tuple[int, ...] | None) -> torch.Tensor:
+        """Permute the chunks of a gathered tensor (size `padded_len` along `dim`); no copy where `order` is None."""
+        if order is None:
+            return x
+        chunked = x.unflatten(dim, (self.n_chunks, self.chunk_len))
+        return chunked.index_select(dim, torch.tensor(order, device=x.device)).flatten(dim, dim + 1)
+
+
+def make_segment(seq_len: int, *, cp: int, rank: int, order: str = "head_tail") -> Segment:
+    """Build the segment of `rank` among `cp` ranks for a sequence of `seq_len` tokens (any length >= 1).
+
+    Raises:
+        Refused: an unknown order, a length below 1 or a rank outside the group.
+    """
+    if order not in CHUNKS_PER_RANK:
+        later = " ('balanced' needs packed documents, which this version does not take)" if order == "balanced" else ""
+        raise refuse("order", order, f"not an order of this version{later}; use {' or '.join(map(repr, ORDERS))}")
+    if not isinstance(seq_len, int) or seq_len < 1:
+        raise refuse("seq_len", seq_len, "a sequence has at least 1 token; give a whole number >= 1")
+    if not 0 <= rank < cp:
+        raise refuse("rank", rank, f"outside the group of cp={cp} ranks")
+    return Segment(seq_len, cp, rank, order)

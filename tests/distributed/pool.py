@@ -1,0 +1,112 @@
+"""A pool of rank processes that tests share, so that a case costs milliseconds and not a start of N interpreters."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+TIMEOUT = 120.0  # seconds for one case; far beyond any, so that only a hang reaches it
+
+
+class RanksFailed(AssertionError):
+    """Some rank raised; carries each rank's traceback."""
+
+
+def _serve(rank: int, world: int, store: str, pipe) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT / 2),
+    )
+    while (job := pipe.recv()) is not None:
+        function, args, kwargs = job
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException as error:
+            pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+    dist.destroy_process_group()
+
+
+class RankPool:
+    """`world` gloo ranks on this machine. `run(f, ...)` calls f on every rank and returns the results by rank."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._start()
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._pipes, self._processes = [], []
+        for rank in range(self.world):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self.world, os.path.join(self._folder.name, "store"), there), daemon=True
+            )
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call a module-level function on every rank; raise `RanksFailed` where any rank raised or hung."""
+        outcomes = self.outcomes(function, *args, **kwargs)
+        failed = [(rank, outcome[1]) for rank, outcome in enumerate(outcomes) if not outcome[0]]
+        if failed:
+            raise RanksFailed("\n".join(f"rank {rank}: {what[2]}" for rank, what in failed))
+        return [outcome[1] for outcome in outcomes]
+
+    def outcomes(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[bool, Any]]:
+        """(True, result) or (False, (exception name, message, traceback)) of each rank."""
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        deadline, results = time.monotonic() + TIMEOUT, []
+        for pipe in self._pipes:
+            arrived = pipe.poll(max(0.0, deadline - time.monotonic()))
+            results.append(pipe.recv() if arrived else (False, ("Hang", "no answer", f"no answer in {TIMEOUT} s")))
+        if any(not ok and what[0] in ("Hang", "RuntimeError", "DistBackendError") for ok, what in results):
+            self.stop()  # a rank may be left inside a collective: start afresh for the next case
+            self._start()
+        return results
+
+    def stop(self) -> None:
+        """End the ranks."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+@cache
+def pool(world: int) -> RankPool:
+    """The shared pool of this size."""
+    return RankPool(world)
+
+
+def stop_pools(worlds: range = range(1, 9)) -> None:
+    """End every shared pool."""
+    if pool.cache_info().currsize:
+        for world in worlds:
+            pool(world).stop()
+        pool.cache_clear()
+
+
+@cache
+def mesh(cp: int, dp: int = 1):
+    """This rank's mesh of this shape; made once in a rank process, since every mesh opens process groups."""
+    import lss
+
+    return lss.init_mesh(cp=cp, dp=dp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,7 +20,17 @@ from lss.kernels import pick_kernel
 from lss.mesh import axis_group
 from lss.segment import Segment
 
-__all__ = ["STRATEGIES", "AttentionSpec", "attention", "cross_entropy", "make_segment", "shard", "unshard"]
+__all__ = [
+    "STRATEGIES",
+    "AttentionOptions",
+    "AttentionSpec",
+    "attend",
+    "attention",
+    "cross_entropy",
+    "make_segment",
+    "shard",
+    "unshard",
+]
 
 # The one table of algorithms. All take (q, k, v, spec) and return this rank's outputs.
 STRATEGIES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionSpec], torch.Tensor]] = {
@@ -85,29 +96,51 @@ def attention(
     if window is not None:
         raise refuse("window", window, "sliding windows are not supported in this version; use None")
     if cu_seqlens is not None:
-        raise refuse("cu_seqlens", "a tensor", "packed documents are not supported in this version; give one document")
+        raise refuse("cu_seqlens", "a tensor", "packed documents are not supported in this version; give one")
     if dropout_p != 0.0:
-        raise refuse("dropout_p", dropout_p, "no kernel of this version has attention dropout keyed by position; use 0.0")
+        fit = "no kernel of this version has attention dropout keyed by position; use 0.0"
+        raise refuse("dropout_p", dropout_p, fit)
     if seed is not None:
         raise refuse("seed", seed, "it keys attention dropout, which this version does not have; use None")
     _check_shapes(q, k, v)
     comm = Communicator(axis_group(mesh, ("cp",)))
+    options = AttentionOptions(strategy, causal, scale, head_chunks, regather, kernel)
+    return attend(q, k, v, segment_for(q, comm, order, seq_len, seg), comm, options)
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """The user's choices for `attend`, by the names and with the meanings of `attention`."""
+
+    strategy: str = "lss"
+    causal: bool = True
+    scale: float | None = None
+    head_chunks: int | str = "auto"
+    regather: bool = True
+    kernel: str = "auto"
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment, comm: Communicator, options: AttentionOptions
+) -> torch.Tensor:
+    """`attention` where segment and group are known: decide what is left open and run the strategy."""
     spec = AttentionSpec(
-        segment=segment_for(q, comm, order, seq_len, seg),
+        segment=segment,
         comm=comm,
-        kernel=pick_kernel(kernel, q),
-        causal=causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        head_chunks=count_head_chunks(head_chunks, strategy, k, comm.size),
-        regather=regather,
+        kernel=pick_kernel(options.kernel, q),
+        causal=options.causal,
+        scale=q.shape[-1] ** -0.5 if options.scale is None else options.scale,
+        head_chunks=count_head_chunks(options.head_chunks, options.strategy, k, comm.size),
+        regather=options.regather,
     )
-    return pick_strategy(strategy)(q, k, v, spec)
+    return pick_strategy(options.strategy)(q, k, v, spec)
 
 
 def pick_strategy(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionSpec], torch.Tensor]:
     """The algorithm of this name, or a refusal that says what there is."""
     if name == "tp":
-        raise refuse("strategy", name, "tensor parallelism cuts a whole model; use lss.parallelize(model, mesh, strategy='tp')")
+        fit = "tensor parallelism cuts a whole model; use lss.parallelize(model, mesh, strategy='tp')"
+        raise refuse("strategy", name, fit)
     if name not in STRATEGIES:
         raise refuse("strategy", name, f"unknown; use one of {', '.join(STRATEGIES)}")
     return STRATEGIES[name]
@@ -122,7 +155,8 @@ def count_head_chunks(wanted: int | str, strategy: str, k_BTKH: torch.Tensor, cp
     if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= K:
         raise refuse("head_chunks", wanted, f"there are {K} key heads; use 'auto' or 1 to {K}")
     if strategy != "lss" and wanted != 1:
-        raise refuse("head_chunks", wanted, f"only strategy 'lss' gathers by head chunks; with {strategy!r} use 'auto' or 1")
+        fit = f"only strategy 'lss' gathers by head chunks; with {strategy!r} use 'auto' or 1"
+        raise refuse("head_chunks", wanted, fit)
     return wanted
 
 

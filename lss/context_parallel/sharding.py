@@ -99,7 +99,7 @@ def unshard(
     if seg is None:
         padded = x_local.shape[dim] * comm.size
         seg = _make_segment(length if length is not None else padded, cp=comm.size, rank=comm.rank, order=order)
-        if seg.padded_len != padded and comm.size * x_local.shape[dim] != seg.padded_len:
+        if seg.padded_len != padded:
             raise refuse(
                 "length", length, f"{comm.size} ranks hold {x_local.shape[dim]} tokens each, which is no cut of it in "
                 f"{order!r} order; a cut of it would give {seg.local_len} each"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -38,7 +39,7 @@ def head_groups(n_heads: int, n_kv_heads: int, chunks: int) -> list[tuple[slice,
     """(query heads, key heads) of each head chunk: key heads in nearly even runs, with the queries that use them."""
     share = n_heads // n_kv_heads
     edges = [n_kv_heads * i // chunks for i in range(chunks + 1)]
-    return [(slice(a * share, b * share), slice(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(slice(a * share, b * share), slice(a, b)) for a, b in pairwise(edges)]
 
 
 def lse_like(q_BTNH: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ any number of ranks; key heads that several ranks need are sent to each. Same si
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -56,7 +57,7 @@ class _Share:
 def _shares(n_heads: int, n_kv_heads: int, ranks: int) -> list[_Share]:
     per_key = n_heads // n_kv_heads
     edges = [n_heads * r // ranks for r in range(ranks + 1)]
-    runs = zip(edges, edges[1:], strict=False)
+    runs = pairwise(edges)
     # a rank without query heads (more ranks than heads) needs no key heads either
     return [_Share(a, b, a // per_key, -(-b // per_key) if b > a else a // per_key) for a, b in runs]
 

@@ -90,18 +90,20 @@ class RankPool:
         self._folder.cleanup()
 
 
-@cache
+_POOLS: dict[int, RankPool] = {}
+
+
 def pool(world: int) -> RankPool:
-    """The shared pool of this size."""
-    return RankPool(world)
+    """The shared pool of this size, started when it is first asked for."""
+    if world not in _POOLS:
+        _POOLS[world] = RankPool(world)
+    return _POOLS[world]
 
 
-def stop_pools(worlds: range = range(1, 9)) -> None:
+def stop_pools() -> None:
     """End every shared pool."""
-    if pool.cache_info().currsize:
-        for world in worlds:
-            pool(world).stop()
-        pool.cache_clear()
+    while _POOLS:
+        _POOLS.popitem()[1].stop()
 
 
 @cache

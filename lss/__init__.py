@@ -1,0 +1,24 @@
+"""Train transformers on sequences too long for one device, exactly.
+
+The Long Short-Sequence (LSS) Transformer cuts each sequence over ranks: attention fetches all keys and values with one
+fused all-gather a layer and returns their gradients with one fused reduce-scatter. See docs/algorithm.md.
+"""
+
+from lss.config.errors import Refused
+from lss.context_parallel import attention, cross_entropy, make_segment, shard, unshard
+from lss.mesh import init_mesh
+from lss.parallel import clip_grad_norm_, parallelize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Refused",
+    "attention",
+    "clip_grad_norm_",
+    "cross_entropy",
+    "init_mesh",
+    "make_segment",
+    "parallelize",
+    "shard",
+    "unshard",
+]

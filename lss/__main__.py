@@ -1,0 +1,7 @@
+"""`python -m lss` is `lss`."""
+
+import sys
+
+from lss.cli import main
+
+sys.exit(main())

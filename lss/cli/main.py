@@ -1,0 +1,124 @@
+"""Parsing the command line and turning outcomes into exit statuses.
+
+0 done; 1 failed; 2 refused (bad config, data or environment: one sentence, no traceback); 130 and 143 stopped by
+SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+
+from lss.config.errors import Refused, refuse
+
+VERBS = ("train", "check", "data", "export", "report")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse with refusals of one sentence."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise Refused(f"{self.prog}: {message[0].lower()}{message[1:]} (see {self.prog} --help).")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = _Parser(prog="lss", description="Train transformers on sequences too long for one device, exactly.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+
+    train = verbs.add_parser("train", help="train a model", description="Train a model; ranks share each sequence.")
+    _config_arguments(train)
+    train.add_argument("--out", metavar="DIR", help="the run's folder (default runs/NAME-of-config)")
+
+    check = verbs.add_parser(
+        "check",
+        help="prove your config: one rank against N",
+        description="Compare loss and every gradient of your config, at a short length, on one rank and on all.",
+    )
+    _config_arguments(check)
+
+    data = verbs.add_parser("data", help="fetch or describe data")
+    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=_Parser)
+    fetch = actions.add_parser("fetch", help="download a known corpus and check its SHA-256")
+    fetch.add_argument("name", help="enwik8")
+    fetch.add_argument("--to", metavar="DIR", default="data", help="folder to put it in (default data)")
+    info = actions.add_parser("info", help="counts and a sample of a file, folder or glob")
+    info.add_argument("path", nargs="?", default="", help="default: the running Python's standard library sources")
+    info.add_argument("--seq-len", type=int, default=512, metavar="S", help="sequence length (default 512)")
+
+    export = verbs.add_parser("export", help="write a checkpoint's weights as one safetensors file")
+    export.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300")
+    export.add_argument("-o", "--output", required=True, metavar="FILE", help="the safetensors file to write")
+    export.add_argument("--format", default="safetensors", help="safetensors")
+
+    report = verbs.add_parser("report", help="make one HTML page of one or more runs")
+    report.add_argument("folders", nargs="+", metavar="DIR", help="run folders")
+    report.add_argument("-o", "--output", metavar="FILE", help="default DIR/report.html of the first")
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value",
+                        help="a config file and overrides such as optim.lr=1e-3")  # fmt: skip
+    parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
+
+
+def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Tell the config file from the overrides: an override has a '=' and names no file."""
+    files = [a for a in arguments if "=" not in a]
+    if len(files) > 1:
+        raise refuse("CONFIG", files[1], f"one config file is read, and {files[0]} came first; overrides are key=value")
+    return (files[0] if files else None), [a for a in arguments if "=" in a]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+            near = difflib.get_close_matches(arguments[0], VERBS, n=1)
+            raise refuse("VERB", arguments[0], f"unknown; {f'nearest is {near[0]}' if near else 'use ' + ', '.join(VERBS)}")
+        # intermixed, so that overrides may stand before and after options
+        options = _parse(arguments)
+        return _run(options, arguments)
+    except Refused as refusal:
+        print(f"lss: {refusal}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [a for a in rest if a.startswith("-") or not hasattr(options, "config")]
+    if unknown:
+        parser.error(f"unrecognized argument {unknown[0]}")
+    if rest:
+        options.config = [*options.config, *rest]
+    return options
+
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+    # each verb's room is imported only when it is asked for: torch alone takes seconds
+    if options.verb == "train":
+        from lss.cli.train import train
+
+        return train(options, arguments)
+    if options.verb == "check":
+        from lss.cli.check import check
+
+        return check(options, arguments)
+    if options.verb == "data":
+        from lss.cli.data import data
+
+        return data(options)
+    if options.verb == "export":
+        from lss.cli.export import export
+
+        return export(options)
+    from lss.cli.report import report
+
+    return report(options)

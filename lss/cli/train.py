@@ -1,0 +1,70 @@
+"""`lss train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lss.cli.main import split_config
+from lss.cli.ranks import must_launch, planned_ranks, read_config, share_cores, without_nproc
+from lss.config import Config
+from lss.config.errors import Refused, refuse
+
+
+def train(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Train as one rank, or start the ranks that do."""
+    path, overrides = split_config(options.config)
+    config = read_config(path, overrides, planned_ranks(options.nproc))
+    out = Path(options.out or f"runs/{config.name}")
+    _refuse_early(config, out)
+    if must_launch(options.nproc):
+        from lss.launch import launch_local
+
+        return launch_local(options.nproc, without_nproc(arguments))
+    return _train(config, out)
+
+
+def _refuse_early(config: Config, out: Path) -> None:
+    """What can be refused without ranks, so that it is said once."""
+    from lss.data.loader import EvalLoader, Loader
+    from lss.data.sources import ByteCorpus
+    from lss.segment import make_segment
+
+    if out.exists() and not out.is_dir():
+        raise refuse("--out", out, "a file of this name is there; give a folder")
+    train, parallel = config.train, config.parallel
+    training, held_out = ByteCorpus(config.data.path).split(config.data.held_out)
+    assert isinstance(parallel.cp, int)
+    segment = make_segment(config.data.seq_len, cp=parallel.cp, rank=0, order=parallel.order)
+    shared = {"seq_len": config.data.seq_len, "dp": parallel.dp, "dp_rank": 0, "segment": segment}
+    Loader(training, batch_size=train.batch_size, accumulate=train.accumulate, seed=train.seed, **shared)
+    if train.eval_every:
+        EvalLoader(held_out, samples=train.eval_samples, rows_per_batch=1, **shared)
+
+
+def _train(config: Config, out: Path) -> int:
+    import torch
+
+    from lss.mesh import close, init_mesh
+    from lss.train.trainer import Trainer
+
+    share_cores()
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    assert isinstance(config.parallel.cp, int)
+    mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp)
+    try:
+        Trainer(config, mesh, out, on_end=_report).train()
+    finally:
+        close()
+    return 0
+
+
+def _report(out: Path) -> list[str]:
+    """Make the run's page; a run does not fail for want of its plots."""
+    from lss.report import build_report
+
+    try:
+        return [f"report: {build_report([out])}"]
+    except Refused as refusal:
+        return [f"no report: {refusal}"]

@@ -1,0 +1,31 @@
+"""Settings: one table of keys, read from TOML and overrides, refused in one sentence where they do not fit."""
+
+from lss.config.config import Config, load_config
+from lss.config.errors import Refused, refuse
+from lss.config.presets import PRESETS
+from lss.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+    markdown_table,
+)
+
+__all__ = [
+    "PRESETS",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Refused",
+    "TrainConfig",
+    "load_config",
+    "markdown_table",
+    "refuse",
+]

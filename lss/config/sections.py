@@ -1,0 +1,243 @@
+"""The one table of config keys: section, key, default, what it may be, what it means."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lss.config.errors import refuse
+from lss.config.presets import PRESETS
+
+# Larger whole numbers are typing errors, and overflow in tensors and files.
+LARGEST = 2**40
+
+
+@dataclass(frozen=True)
+class Key:
+    """What one key may be.
+
+    Attributes:
+        kind: bool, int, float or str.
+        meaning: for the generated table.
+        low, high: inclusive range of numbers.
+        choices: allowed strings; for an int key, strings allowed besides numbers ("auto").
+        later: values that are a known setting which this version cannot honour.
+    """
+
+    kind: type
+    meaning: str
+    low: float = -math.inf
+    high: float = LARGEST
+    choices: tuple[str, ...] = ()
+    later: tuple[Any, ...] = ()
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value in its type, or a refusal."""
+        if type(value) is str and value in self.choices:
+            return value
+        if value in self.later and type(value) in (str, bool):
+            raise refuse(name, _show(value), f"not supported in this version; use {self.describe()}")
+        if self.kind is float and type(value) is int:
+            value = float(min(value, LARGEST * LARGEST))
+        if type(value) is not self.kind or (self.kind is str and self.choices):
+            raise refuse(name, _show(value), f"use {self.describe()}")
+        if self.kind in (int, float) and not (math.isfinite(value) and self.low <= value <= self.high):
+            bound = f" (at most {LARGEST})" if value > LARGEST else ""
+            raise refuse(name, _show(value), f"use {self.describe()}{bound}")
+        return value
+
+    def describe(self) -> str:
+        """What fits, in words."""
+        words = [f'"{choice}"' for choice in self.choices]
+        if self.kind is bool:
+            words = [str(v).lower() for v in (False, True) if v not in self.later]
+        elif self.kind in (int, float):
+            number = "a whole number" if self.kind is int else "a number"
+            top = f" to {_number(self.high)}" if self.high < LARGEST else " or more"
+            words.append(f"{number}, {_number(self.low)}{top}")
+        elif not self.choices:
+            words = ["a string"]
+        return " or ".join(words)
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if abs(value) < 1e6 else f"{int(value)}"
+
+
+def _show(value: Any) -> str:
+    shown = str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, str) else str(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _key(default: Any, kind: type, meaning: str, **rules: Any) -> Any:
+    return field(default=default, metadata={"key": Key(kind, meaning, **rules)})
+
+
+def _shape(name: str, kind: type, meaning: str, **rules: Any) -> Any:
+    return _key(PRESETS["tiny"][name], kind, f"{meaning}; by default the preset's", **rules)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """[model]: the shape of the reference decoder."""
+
+    preset: str = _key("tiny", str, "named shape that the other keys of this section override", choices=tuple(PRESETS))
+    d_model: int = _shape("d_model", int, "width of the residual stream", low=1)
+    n_layers: int = _shape("n_layers", int, "blocks", low=1)
+    n_heads: int = _shape("n_heads", int, "query heads; divide d_model", low=1)
+    n_kv_heads: int = _shape("n_kv_heads", int, "key and value heads; divide n_heads", low=1)
+    d_mlp: int = _shape("d_mlp", int, "hidden width of the MLP", low=1)
+    vocab_size: int = _shape("vocab_size", int, "token ids are below this; 256 or more for bytes", low=1)
+    positions: str = _shape("positions", str, "rotary, or a learned table cut over the ranks", choices=("rope", "learned"))
+    norm: str = _shape("norm", str, "normalisation before attention, MLP and logits", choices=("rmsnorm", "layernorm"))
+    mlp: str = _shape("mlp", str, "kind of MLP", choices=("swiglu", "gelu"))
+    tie_embeddings: bool = _shape("tie_embeddings", bool, "one matrix for token embedding and logits")
+    dropout: float = _shape("dropout", float, "rate after embedding, attention and MLP", low=0, high=0.99)
+    rope_theta: float = _shape("rope_theta", float, "base of the rotary frequencies", low=1)
+    hf: str = _key("", str, "Hugging Face model; empty: the reference decoder")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """[parallel]: how ranks share the work."""
+
+    cp: int | str = _key("auto", int, "ranks that share each sequence; auto: all ranks / dp", low=1, choices=("auto",))
+    dp: int = _key(1, int, "groups of ranks that take different sequences", low=1)
+    strategy: str = _key("lss", str, "algorithm of the cp axis", choices=("lss", "ring", "ulysses", "tp"))
+    order: str = _key("head_tail", str, "which tokens are a rank's",
+                      choices=("head_tail", "contiguous"), later=("balanced",))  # fmt: skip
+    head_chunks: int | str = _key("auto", int, "groups of key heads gathered one after another", low=1, choices=("auto",))
+    regather: bool = _key(True, bool, "backward gathers keys and values again instead of keeping them")
+    fsdp: bool = _key(False, bool, "shard parameters over the ranks", later=(True,))
+    kernel: str = _key("auto", str, "attention on one device", choices=("auto", "reference", "sdpa"))
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """[memory]: what is kept and where."""
+
+    checkpointing: str = _key("none", str, "full: keep each block's input only", choices=("none", "full"))
+    offload: str = _key("none", str, "where kept activations go", choices=("none",), later=("cpu", "host", "disk", True))
+    tiles: int | str = _key("auto", str, "sequence tiles outside attention", choices=("auto",))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data]: what is read."""
+
+    source: str = _key("bytes", str, "how files become tokens", choices=("bytes",))
+    path: str = _key("", str, "file, folder or glob; empty: the running Python's standard-library sources")
+    seq_len: int = _key(512, int, "S, labels per sequence; S+1 tokens are read", low=1)
+    held_out: float = _key(0.05, float, "fraction of the corpus, at its end, kept for evaluation", low=1e-6, high=0.5)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """[optim]: the update."""
+
+    name: str = _key("adamw", str, "optimizer; sgd has no momentum", choices=("adamw", "sgd"))
+    lr: float = _key(3e-3, float, "peak learning rate", low=0)
+    warmup: int = _key(20, int, "steps of linear warm-up", low=0)
+    weight_decay: float = _key(0.1, float, "decay of matrices", low=0)
+    clip: float = _key(1.0, float, "largest gradient norm; 0 = off", low=0)
+    beta1: float = _key(0.9, float, "AdamW's first decay rate", low=0, high=0.999999)
+    beta2: float = _key(0.95, float, "AdamW's second decay rate", low=0, high=0.999999)
+    eps: float = _key(1e-8, float, "AdamW's epsilon", low=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """[train]: the run."""
+
+    steps: int = _key(300, int, "optimizer steps", low=1)
+    batch_size: int = _key(8, int, "sequences per optimizer step over all ranks and micro-batches", low=1)
+    accumulate: int = _key(1, int, "micro-batches per step", low=1)
+    dtype: str = _key("float32", str, "bfloat16 keeps float32 weights", choices=("float32", "bfloat16", "float64"))
+    seed: int = _key(0, int, "of weights, data order and dropout", low=0)
+    deterministic: bool = _key(False, bool, "only deterministic operators")
+    compile: bool = _key(False, bool, "torch.compile", later=(True,))
+    eval_every: int = _key(100, int, "steps between evaluations, the last step included; 0 = never", low=0)
+    eval_samples: int = _key(64, int, "held-out sequences per evaluation", low=1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """[checkpoint]: what is saved."""
+
+    every: int = _key(0, int, "steps between saves; the last step is always saved", low=0)
+    keep: int = _key(3, int, "newest saves that stay", low=1)
+    resume: str = _key("auto", str, "auto: go on from the folder's newest save", choices=("auto", "never"))
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "parallel": ParallelConfig,
+    "memory": MemoryConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
+}
+ALIASES = {("train", "dtype"): {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}}
+
+
+def keys_of(section: str) -> dict[str, Key]:
+    """The keys of a section."""
+    return {f.name: f.metadata["key"] for f in fields(SECTIONS[section])}
+
+
+def known_keys() -> list[str]:
+    """All keys, as `section.key`."""
+    return [f"{section}.{key}" for section in SECTIONS for key in keys_of(section)]
+
+
+def build_section(section: str, values: dict[str, Any]) -> Any:
+    """A section from the values given; keys are known, values are checked."""
+    checked = {}
+    for key, value in values.items():
+        alias = ALIASES.get((section, key), {})
+        value = alias.get(value, value) if type(value) is str else value
+        checked[key] = keys_of(section)[key].check(f"{section}.{key}", value)
+    if section == "model":
+        if checked.get("hf"):
+            fit = "Hugging Face models are not supported in this version; leave it empty"
+            raise refuse("model.hf", repr(checked["hf"]), fit)
+        checked = PRESETS[checked.get("preset", "tiny")] | checked
+    return SECTIONS[section](**checked)
+
+
+def markdown_table() -> str:
+    """All keys as a Markdown table, for the docs."""
+    lines = ["| key | default | may be | meaning |", "|---|---|---|---|"]
+    for section, kind in SECTIONS.items():
+        for f in fields(kind):
+            key: Key = f.metadata["key"]
+            lines.append(f"| `{section}.{f.name}` | `{_show(f.default)}` | {key.describe()} | {key.meaning} |")
+    return "\n".join(lines)
+
+
+def refuse_mismatch(model: ModelConfig) -> None:
+    """Refuse model shapes that do not fit together."""
+    if model.d_model % model.n_heads:
+        fit = f"must divide model.d_model={model.d_model}; {nearest(model.d_model, model.n_heads)}"
+        raise refuse("model.n_heads", model.n_heads, fit)
+    if model.n_heads % model.n_kv_heads:
+        fit = f"must divide model.n_heads={model.n_heads}; {nearest(model.n_heads, model.n_kv_heads)}"
+        raise refuse("model.n_kv_heads", model.n_kv_heads, fit)
+    head_size = model.d_model // model.n_heads
+    if model.positions == "rope" and head_size % 2:
+        fit = f"gives heads of size {head_size}, and rotary positions need an even one; use model.positions=\"learned\""
+        raise refuse("model.n_heads", model.n_heads, fit)
+
+
+def nearest(whole: int, wanted: int) -> str:
+    """The divisors of `whole` next to `wanted`, in words."""
+    divisors = [d for d in range(1, min(whole, 1 << 16) + 1) if whole % d == 0]
+    near = sorted(divisors, key=lambda d: abs(d - wanted))[:2]
+    return f"use {' or '.join(map(str, sorted(near)))}"
+
+
+def as_plain(section: Any) -> dict[str, Any]:
+    """A section's values by key."""
+    return {f.name: getattr(section, f.name) for f in fields(section)}

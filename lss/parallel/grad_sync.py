@@ -1,0 +1,166 @@
+"""Summing gradients over ranks while backward still runs.
+
+Every rank's backward gives the gradient of the global loss by its own tokens; the parameter's gradient is their *sum*
+(see `lss.context_parallel.loss`). A parameter that all ranks hold is summed over dp x cp; one that is cut over the cp
+axis (position rows, tensor-parallel weights) only over dp.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lss.comm import Communicator, Pending
+
+# Large enough to keep a link busy, small enough that the first leaves long before backward ends.
+BUCKET_BYTES = 25 << 20
+
+
+@dataclass(eq=False)
+class _Bucket:
+    """Parameters whose gradients travel together."""
+
+    comm: Communicator
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    arrived: set[int] = field(default_factory=set)
+    pending: Pending[torch.Tensor] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.parameters[0].dtype, torch.float32)
+
+
+class GradSync:
+    """Reduces gradients in buckets, each as soon as its last gradient of the backward pass has arrived.
+
+    Args:
+        groups: (parameters, group to sum over), the parameters in the order of the model. Buckets are filled from the
+            last parameter to the first, which is the order gradients arrive in, and leave in that order on every rank.
+
+    Collectives: one all-reduce per bucket and backward pass of its elements plus one flag per parameter; in float32
+    for half precision gradients. A group of one rank costs nothing.
+    """
+
+    def __init__(self, groups: Sequence[tuple[Sequence[nn.Parameter], Communicator]]) -> None:
+        self._buckets: list[_Bucket] = []
+        for parameters, comm in groups:
+            if comm.size > 1:
+                self._fill(parameters, comm)
+        self._bucket_of = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
+        self._paused = False
+        self._next = 0
+        self._scheduled = False
+        self._synced: dict[int, tuple[weakref.ref, int]] = {}
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    def _fill(self, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
+        open_buckets: dict[tuple[torch.dtype, torch.device], tuple[_Bucket, int]] = {}
+        for parameter in reversed([p for p in parameters if p.requires_grad]):
+            key = (parameter.dtype, parameter.device)
+            size = parameter.numel() * parameter.element_size()
+            bucket, filled = open_buckets.get(key, (None, 0))
+            if bucket is None or filled + size > BUCKET_BYTES:
+                bucket, filled = _Bucket(comm), 0
+                self._buckets.append(bucket)
+            bucket.parameters.append(parameter)
+            open_buckets[key] = (bucket, filled + size)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let gradients accumulate locally: for every micro-batch of a step but the last."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        if self._paused:
+            return
+        self._refuse_second_sum(parameter)
+        if not self._scheduled:
+            self._scheduled = True
+            # runs when this backward pass ends, as torch's own data parallel wrappers have it
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        self._bucket_of[id(parameter)].arrived.add(id(parameter))
+        self._launch(only_full=True)
+
+    def _refuse_second_sum(self, parameter: nn.Parameter) -> None:
+        """A summed gradient that was added to would be summed again: cp*dp times too large, and nothing would show it."""
+        grad_ref, version = self._synced.get(id(parameter), (None, -1))
+        grad = parameter.grad
+        if grad is not None and grad_ref is not None and grad_ref() is grad and grad._version == version + 1:
+            raise RuntimeError(
+                "backward() ran twice without zero_grad() between, so gradients already summed over ranks would be "
+                "summed again: run every micro-batch but the last under `with model.no_sync():`."
+            )
+
+    def _launch(self, *, only_full: bool) -> None:
+        while self._next < len(self._buckets):
+            bucket = self._buckets[self._next]
+            if only_full and len(bucket.arrived) < len(bucket.parameters):
+                return
+            bucket.pending = bucket.comm.all_reduce(_pack(bucket), "gradients")
+            self._next += 1
+
+    def _finish(self) -> None:
+        self._launch(only_full=False)
+        self._next, self._scheduled = 0, False
+        for bucket in self._buckets:
+            assert bucket.pending is not None
+            _unpack(bucket, bucket.pending.wait())
+            bucket.pending = None
+            bucket.arrived.clear()
+            for p in bucket.parameters:
+                if p.grad is not None:
+                    self._synced[id(p)] = (weakref.ref(p.grad), p.grad._version)
+
+
+def _pack(bucket: _Bucket) -> torch.Tensor:
+    """All gradients of a bucket in one buffer, then one flag each: 1 where this rank has a gradient."""
+    first = bucket.parameters[0]
+    flags = torch.tensor([float(p.grad is not None) for p in bucket.parameters], dtype=bucket.dtype)
+    parts = [
+        torch.zeros(p.numel(), dtype=bucket.dtype, device=p.device) if p.grad is None else p.grad.flatten().to(bucket.dtype)
+        for p in bucket.parameters
+    ]
+    return torch.cat((*parts, flags.to(first.device)))
+
+
+def _unpack(bucket: _Bucket, summed: torch.Tensor) -> None:
+    sizes = [p.numel() for p in bucket.parameters]
+    *parts, flags = summed.split((*sizes, len(sizes)))
+    # a parameter that no rank used keeps no gradient, so that the optimizer passes over it as on one process
+    used = [True] * len(sizes) if all(p.grad is not None for p in bucket.parameters) else (flags > 0).tolist()
+    for parameter, part, has_gradient in zip(bucket.parameters, parts, used, strict=True):
+        if not has_gradient:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+        parameter.grad.copy_(part.view_as(parameter))
+
+
+def global_grad_norm(groups: Sequence[tuple[Sequence[nn.Parameter], Communicator]]) -> torch.Tensor:
+    """Euclidean norm of all gradients, each element of the model counted once: float64, equal on every rank.
+
+    Args:
+        groups: (parameters, group that the parameters are *cut* over; a group of one rank for those held whole).
+
+    Collectives: one all-reduce of one number per cut group.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for parameters, comm in groups:
+        grads = [p.grad.detach() for p in parameters if p.grad is not None]
+        device = grads[0].device if grads else total.device
+        squares = torch.zeros((), dtype=torch.float64, device=device)
+        for norm in torch._foreach_norm(grads) if grads else ():
+            squares = squares + norm.double() ** 2
+        total = total.to(device) + comm.all_reduce(squares, "gradient norm").wait()
+    return total.sqrt()

@@ -1,0 +1,245 @@
+"""The one page where the parts meet: what `lss.parallelize` does to a model, in the order it is done."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lss.comm import Communicator
+from lss.config.errors import Refused, refuse
+from lss.context_parallel import AttentionOptions, attend, pick_strategy
+from lss.context_parallel.loss import global_cross_entropy
+from lss.context_parallel.sharding import shard, unshard
+from lss.mesh import axis_group
+from lss.model import ModelOps, Transformer
+from lss.model.transformer import shift
+from lss.parallel import tensor_parallel as tp
+from lss.parallel.activation import block_runner
+from lss.parallel.grad_sync import GradSync, global_grad_norm
+from lss.segment import Segment, make_segment
+
+POSITION_TABLE = "position_table.weight"
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    strategy: str = "lss",
+    order: str = "head_tail",
+    head_chunks: int | str = "auto",
+    regather: bool = True,
+    fsdp: bool = False,
+    checkpointing: str | None = None,
+    offload: str | None = None,
+    kernel: str = "auto",
+    precut: bool = False,
+) -> nn.Module:
+    """Lay a model out over the mesh, in place; returns the same module object, parameter names unchanged.
+
+    Afterwards `model(input_ids, labels)` takes the *whole* batch, the same on every rank of a cp group and another on
+    each dp rank, and cuts it. `.loss` is the mean over all counted labels of all ranks, equal on every rank; `.logits`
+    are those of this rank's tokens (`lss.unshard` puts them together). After `backward()` every `.grad` is the gradient
+    of that global loss. For accumulation run all micro-batches but the last under `with model.no_sync():` and give each
+    the step's global count as `num_items_in_batch`. Make the optimizer afterwards: a learned position table and, with
+    strategy "tp", the weights are cut, and each rank holds and updates its part only.
+
+    Args:
+        model: an `lss.model.Transformer`, on the mesh's device. The first rank's weights are copied to all ranks.
+        mesh: from `lss.init_mesh`.
+        strategy: "lss", "ring", "ulysses" or "tp" (Megatron tensor + sequence parallelism on the cp axis).
+        order, head_chunks, regather, kernel: as in `lss.attention`.
+        checkpointing: None or "none" keeps activations, "full" keeps each block's input and computes it again.
+        precut: the model is given segments, (B, T) token ids with `positions`, `shift_labels` and the whole
+            sequence's `seq_len`, instead of whole batches.
+        fsdp, offload: refused in this version.
+
+    Raises:
+        Refused: an option or a model that would not be laid out exactly.
+    """
+    if not isinstance(model, Transformer):
+        raise refuse("model", type(model).__name__, "this version lays out lss.model.Transformer; in a model of your own "
+                     "call lss.shard, lss.attention and lss.cross_entropy")  # fmt: skip
+    if fsdp:
+        raise refuse("fsdp", fsdp, "sharded parameters are not supported in this version; use False")
+    if offload not in (None, "none"):
+        raise refuse("offload", offload, "offloading is not supported in this version; use None")
+    if hasattr(model, "parallel"):
+        raise Refused("This model has been parallelized already; make a new one for another layout.")
+    layout = Layout(model, mesh, strategy, order, AttentionOptions(
+        strategy, True, None, head_chunks, regather, kernel), checkpointing, precut)  # fmt: skip
+    model.parallel = layout
+    model.no_sync = layout.no_sync
+    model.register_forward_pre_hook(layout.prepare_inputs, with_kwargs=True)
+    return model
+
+
+class Layout:
+    """How a model lies on the mesh: groups, cut parameters, and what its forward needs to know of them."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: DeviceMesh,
+        strategy: str,
+        order: str,
+        options: AttentionOptions,
+        checkpointing: str | None,
+        precut: bool,
+    ) -> None:
+        self.mesh, self.strategy, self.order, self.options, self.precut = mesh, strategy, order, options, precut
+        self.cp = Communicator(axis_group(mesh, ("cp",)))
+        self.dp = Communicator(axis_group(mesh, ("dp",)))
+        self.all = Communicator(axis_group(mesh, ("dp", "cp")))
+        self._run_block = block_runner(checkpointing)
+        self._config, self._seq_len = model.config, model.seq_len
+        self.segment(1)  # refuses an unknown order
+        if strategy != "tp":
+            pick_strategy(strategy)
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.all.broadcast(tensor.data, "initial weights").wait()
+        self._tp_cuts = tp.cut_weights(model, self.cp) if strategy == "tp" and self.cp.size > 1 else {}
+        self._rows: Segment | None = None
+        if model.position_table is not None and self.cp.size > 1:
+            self._rows = self.segment(model.seq_len)
+            model.position_table.weight = nn.Parameter(self.part(POSITION_TABLE, model.position_table.weight.data))
+        self._whole = [p for name, p in model.named_parameters() if not self.is_cut(name)]
+        self._cut = [p for name, p in model.named_parameters() if self.is_cut(name)]
+        self._sync = GradSync(((self._whole, self.all), (self._cut, self.dp)))
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def segment(self, seq_len: int) -> Segment:
+        """This rank's segment of a sequence of this length."""
+        return make_segment(seq_len, cp=self.cp.size, rank=self.cp.rank, order=self.order)
+
+    def prepare_inputs(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Cut a whole batch (unless it comes cut) and hand the model the operations of this layout."""
+        inputs = dict(zip(("input_ids", "labels"), args, strict=False)) | kwargs
+        ids = inputs.pop("input_ids")
+        if self.precut:
+            segment = self._precut_segment(ids, inputs)
+        else:
+            segment = self.segment(ids.shape[1])
+            inputs = self._cut_inputs(ids, inputs, segment)
+            ids = shard(ids, self.mesh, seg=segment, pad_value=0)
+        if self._rows is not None and segment.seq_len != self._seq_len:
+            raise refuse("input_ids", f"{segment.seq_len} tokens", f"the learned position table is cut for sequences of "
+                         f"{self._seq_len}; give that length, or use positions='rope'")  # fmt: skip
+        if inputs.get("samples") is None:
+            inputs["samples"] = self.dp.rank * ids.shape[0] + torch.arange(ids.shape[0], device=ids.device)
+        return (ids,), inputs | {"ops": self.ops(segment)}
+
+    def _precut_segment(self, ids: torch.Tensor, inputs: dict[str, Any]) -> Segment:
+        if inputs.get("labels") is not None:
+            raise Refused("labels: a segment's last label lies in the next one; give shift_labels, shifted before the cut.")
+        if inputs.get("positions") is None:
+            raise Refused("positions: a segment does not know its place; give its global positions.")
+        segment = self.segment(inputs.pop("seq_len", None) or ids.shape[1] * self.cp.size)
+        if segment.local_len != ids.shape[1]:
+            raise refuse("input_ids", tuple(ids.shape), f"a segment of {segment.seq_len} tokens has {segment.local_len}")
+        return segment
+
+    def _cut_inputs(self, ids: torch.Tensor, inputs: dict[str, Any], segment: Segment) -> dict[str, Any]:
+        labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+        if labels is not None and shifted is None:
+            shifted = shift(labels)
+        if shifted is not None:
+            if shifted.shape != ids.shape:
+                raise refuse("labels", tuple(shifted.shape), f"give one a token, {tuple(ids.shape)}")
+            inputs["shift_labels"] = shard(shifted, self.mesh, seg=segment)
+        if inputs.get("positions") is not None:
+            inputs["positions"] = shard(inputs["positions"], self.mesh, dim=0, seg=segment, pad_value=0)
+        else:
+            inputs["positions"] = segment.positions.to(ids.device)
+        return inputs
+
+    def ops(self, segment: Segment) -> ModelOps:
+        """The model's operations for sequences cut like this one."""
+        loss = partial(_loss, comm=self.all)
+        rows = {"position_rows": _local_rows} if self._rows is not None else {}
+        if self.strategy == "tp":
+            return ModelOps(
+                attention=partial(tp.whole_sequence_attention, segment=segment, kernel=self.options.kernel),
+                loss=loss,
+                positions=lambda positions: tp.gathered_positions(segment).to(positions.device),
+                enter=partial(tp.enter, comm=self.cp),
+                leave=partial(tp.leave, comm=self.cp),
+                block=self._run_block,
+                **rows,
+            )
+        attention = partial(attend, segment=segment, comm=self.cp, options=self.options)
+        return ModelOps(attention=attention, loss=loss, block=self._run_block, **rows)
+
+    # -- parameters --------------------------------------------------------------------------------------------------
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Let gradients accumulate on this rank: for every micro-batch of a step but the last."""
+        return self._sync.no_sync()
+
+    def is_cut(self, name: str) -> bool:
+        """Whether each rank of the cp axis holds only its part of this parameter."""
+        return name in self._tp_cuts or (name == POSITION_TABLE and self._rows is not None)
+
+    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a parameter (or of its gradient or optimizer state), given whole."""
+        if name in self._tp_cuts:
+            return whole.chunk(self.cp.size, self._tp_cuts[name])[self.cp.rank].clone()
+        if name == POSITION_TABLE and self._rows is not None:
+            return shard(whole, self.mesh, dim=0, seg=self._rows)
+        return whole
+
+    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """The inverse of `part`, on every rank: padding rows cut off. Collectives: one all-gather where cut."""
+        if name in self._tp_cuts:
+            return self.cp.all_gather(part, self._tp_cuts[name], "parameters").wait().contiguous()
+        if name == POSITION_TABLE and self._rows is not None:
+            return unshard(part.detach(), self.mesh, dim=0, seg=self._rows).contiguous()
+        return part
+
+    def grad_norm(self) -> torch.Tensor:
+        """Norm of the whole gradient, equal to one process's; float64."""
+        return global_grad_norm(((self._whole, Communicator()), (self._cut, self.cp)))
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """Scale all gradients so that their norm is at most `max_norm`; returns the norm before.
+
+    Right also where parameters are cut over ranks, which `torch.nn.utils.clip_grad_norm_` would count per rank.
+    Scaling by max_norm / (norm + 1e-6) is torch's. `max_norm` 0 or infinite only measures.
+    """
+    norm = layout_of(model).grad_norm()
+    if max_norm > 0:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(scale.to(grad.dtype))
+    return norm
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout that `parallelize` gave a model."""
+    layout = getattr(model, "parallel", None)
+    if not isinstance(layout, Layout):
+        raise refuse("model", type(model).__name__, "it has not been parallelized; call lss.parallelize(model, mesh) first")
+    return layout
+
+
+def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters whole, on every rank, under the names of the plain model."""
+    layout = layout_of(model)
+    return {name: layout.whole(name, parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def _local_rows(table_TD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+    assert len(table_TD) == len(positions_T)
+    return table_TD
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor, count, *, comm: Communicator) -> torch.Tensor:
+    return global_cross_entropy(logits, labels, comm, count)

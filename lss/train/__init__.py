@@ -1,0 +1,1 @@
+"""Training: steps, the loop around them, and what people see of it."""

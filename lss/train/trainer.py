@@ -1,0 +1,284 @@
+"""The training loop: batches, gradients, updates, metrics, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from lss.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from lss.config import Config
+from lss.config.errors import refuse
+from lss.data.loader import EvalLoader, Loader
+from lss.data.sources import ByteCorpus
+from lss.flops import model_flops, peak_flops
+from lss.model import Transformer
+from lss.parallel import clip_grad_norm_, layout_of, parallelize
+from lss.train.console import make_console
+from lss.train.evaluate import bits_per_byte, evaluate
+from lss.train.metrics import MetricsWriter, peak_memory_bytes
+from lss.train.optim import build_optimizer, learning_rate, set_learning_rate
+from lss.train.steps import accumulate_gradients, parameter_dtype
+
+# A run whose gradients stay non-finite is not coming back; stop before it burns its allocation.
+MAX_BAD_STEPS = 10
+
+
+def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) -> torch.nn.Module:
+    """The config's model, laid out over the mesh and given segments, on the mesh's device."""
+    model = Transformer(config.model, seq_len or config.data.seq_len, seed=config.train.seed)
+    model.to(device=mesh.device_type, dtype=parameter_dtype(config.train.dtype))
+    parallel = config.parallel
+    return parallelize(
+        model,
+        mesh,
+        strategy=parallel.strategy,
+        order=parallel.order,
+        head_chunks=parallel.head_chunks,
+        regather=parallel.regather,
+        fsdp=parallel.fsdp,
+        checkpointing=config.memory.checkpointing,
+        offload=config.memory.offload,
+        kernel=parallel.kernel,
+        precut=True,
+    )
+
+
+def matrix_parameters(model: Transformer) -> int:
+    """Parameters of the plain model that stand in matrix products: all matrices but look-up tables."""
+    total = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and "position_table" not in name)
+    return total if model.lm_head is None else total - model.embedding.weight.numel()
+
+
+class Trainer:
+    """Trains a config's model on its data.
+
+    Args:
+        config: resolved for this number of ranks.
+        mesh: from `lss.init_mesh`, of config's cp and dp.
+        out: the run's folder; the first rank writes metrics.jsonl, run.json, tensorboard/ and checkpoints/.
+        on_end: called on the first rank when the run is complete, with `out`; returns lines to print last.
+
+    Raises:
+        Refused: data, model or the folder's earlier run do not fit the config; before anything is written.
+    """
+
+    def __init__(
+        self, config: Config, mesh: DeviceMesh, out: Path, on_end: Callable[[Path], list[str]] = lambda out: []
+    ) -> None:
+        self.config, self.mesh, self.out, self.on_end = config, mesh, out, on_end
+        self.seq_len = config.data.seq_len
+        corpus = ByteCorpus(config.data.path)
+        self.train_split, self.held_out_split = corpus.split(config.data.held_out)
+        self.corpus = corpus
+        self.model = build_model(config, mesh)
+        self.layout = layout_of(self.model)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.loader = self._loader()
+        self.bad_steps = 0
+        self.first = mesh.get_rank() == 0
+        self.flops = self._flops_of_a_step()
+        self.done_steps = self._resume()
+        self.evaluations: dict[int, float] = {}
+
+    # -- before step 1 -----------------------------------------------------------------------------------------------
+
+    def _loader(self) -> Loader:
+        train = self.config.train
+        return Loader(
+            self.train_split,
+            seq_len=self.seq_len,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            dp=self.layout.dp.size,
+            dp_rank=self.layout.dp.rank,
+            segment=self.layout.segment(self.seq_len),
+            seed=train.seed,
+        )
+
+    def _flops_of_a_step(self) -> float:
+        model = self.config.model
+        whole = matrix_parameters(_on_meta(self.config))
+        return model_flops(whole, model.n_layers, model.d_model, self.seq_len, self.config.train.batch_size)
+
+    def _resume(self) -> int:
+        """Load the folder's newest checkpoint, if there is one; returns its step, else 0."""
+        newest = find_checkpoint(self.out / "checkpoints")
+        if newest is None:
+            return 0
+        if self.config.checkpoint.resume == "never":
+            raise refuse("checkpoint.resume", "never", f"{self.out} holds a run already; choose another --out or 'auto'")
+        earlier, now = read_state(newest).get("config", {}), self.config.to_dict()
+        for section in ("model", "data"):
+            for key, value in now[section].items():
+                before = earlier.get(section, {}).get(key)
+                if before != value:
+                    fit = f"{self.out} holds a run made with {before}; choose another --out"
+                    raise refuse(f"{section}.{key}", value, fit)
+        return load_checkpoint(newest, self.model, self.optimizer)
+
+    def facts(self) -> dict[str, Any]:
+        """What a report or a checkpoint tells of this run besides its metrics."""
+        return {
+            "config": self.config.to_dict(),
+            "versions": {"lss": _version(), "torch": torch.__version__, "numpy": np.__version__,
+                         "python": platform.python_version()},
+            "mesh": {"dp": self.layout.dp.size, "cp": self.layout.cp.size, "device": _device_name(self.mesh)},
+            "corpus": {"name": self.corpus.name, "bytes": len(self.corpus), "digest": self.corpus.digest},
+        }  # fmt: skip
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Run to the last step; returns {"step", "loss", "eval_loss"} of the end."""
+        config, steps = self.config, self.config.train.steps
+        if self.done_steps >= steps:
+            if self.first:
+                print(f"{self.out} is finished: step {self.done_steps} of {steps}; nothing to do.")
+            return {"step": self.done_steps, "loss": math.nan, "eval_loss": math.nan}
+        console = make_console(self.first, steps, self.done_steps + 1)
+        metrics = None
+        if self.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._write_run({})
+            metrics = MetricsWriter(self.out, last_step=self.done_steps)
+        console.start(self._header())
+        row: dict[str, Any] = {}
+        try:
+            for step in range(self.done_steps + 1, steps + 1):
+                row = self.train_step(step)
+                if config.train.eval_every and (step % config.train.eval_every == 0 or step == steps):
+                    row["eval_loss"] = self.evaluate()
+                    console.evaluation(step, row["eval_loss"], bits_per_byte(row["eval_loss"]))
+                if metrics is not None:
+                    metrics.write(row)
+                console.step(row)
+                if step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                    self.save(step)
+        finally:
+            if metrics is not None:
+                metrics.close()
+        self._finish(console, row)
+        return row
+
+    def train_step(self, step: int) -> dict[str, Any]:
+        """One optimizer step; returns its row of metrics."""
+        config, started = self.config, time.perf_counter()
+        batches = [self.loader.batch(step, micro) for micro in range(config.train.accumulate)]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, counted = accumulate_gradients(
+            self.model, batches, seq_len=self.seq_len, dtype=config.train.dtype, seed=config.train.seed, step=step
+        )
+        norm = float(clip_grad_norm_(self.model, config.optim.clip))
+        lr = learning_rate(step, config.train.steps, config.optim)
+        set_learning_rate(self.optimizer, lr)
+        # loss and norm are the same numbers on every rank, so all ranks step or skip together
+        if math.isfinite(norm) and math.isfinite(loss):
+            self.optimizer.step()
+            self.bad_steps = 0
+        else:
+            self._count_bad_step(step)
+        if self.mesh.device_type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        peak = peak_flops(_device_name(self.mesh))
+        return {
+            "step": step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens_counted": counted,
+            "tokens_per_s": config.train.batch_size * self.seq_len / seconds,
+            "peak_memory_bytes": peak_memory_bytes(torch.device(self.mesh.device_type)),
+            "step_time_s": seconds,
+            "mfu": self.flops / (seconds * peak * self.mesh.size()) if peak else None,
+        }
+
+    def _count_bad_step(self, step: int) -> None:
+        self.bad_steps += 1
+        if self.bad_steps >= MAX_BAD_STEPS:
+            raise RuntimeError(
+                f"loss or gradient was not finite in {MAX_BAD_STEPS} steps in a row, up to step {step}; "
+                "lower optim.lr or set optim.clip."
+            )
+
+    def evaluate(self) -> float:
+        """Mean held-out loss in nats per byte."""
+        train = self.config.train
+        rows = train.batch_size // train.accumulate // self.layout.dp.size
+        batches = EvalLoader(
+            self.held_out_split,
+            seq_len=self.seq_len,
+            samples=train.eval_samples,
+            rows_per_batch=rows,
+            dp=self.layout.dp.size,
+            dp_rank=self.layout.dp.rank,
+            segment=self.layout.segment(self.seq_len),
+        )
+        return evaluate(self.model, batches, seq_len=self.seq_len, dtype=train.dtype)
+
+    def save(self, step: int) -> Path:
+        """Write `out/checkpoints/step_N`."""
+        return save_checkpoint(
+            self.out / "checkpoints", step, self.model, self.optimizer, self.facts(), self.config.checkpoint.keep
+        )
+
+    # -- what people see ---------------------------------------------------------------------------------------------
+
+    def _header(self) -> list[tuple[str, str]]:
+        config, layout = self.config, self.layout
+        parameters = sum(p.numel() for p in _on_meta(config).parameters())
+        segment = layout.segment(self.seq_len)
+        return [
+            ("model", f"{config.model.preset}: {parameters:,} parameters, {config.model.n_layers} layers of "
+                      f"{config.model.d_model}, {config.model.n_heads}/{config.model.n_kv_heads} heads"),
+            ("mesh", f"dp {layout.dp.size} x cp {layout.cp.size}, strategy {layout.strategy}, order {layout.order}, "
+                     f"on {_device_name(self.mesh)}"),
+            ("sequence", f"{self.seq_len:,} tokens, {segment.local_len:,} a rank"),
+            ("data", f"{self.corpus.name}: {len(self.corpus):,} bytes in {len(self.corpus.files):,} files"),
+            ("run", f"{config.train.steps:,} steps of {config.train.batch_size} sequences in {config.train.dtype}, from "
+                    f"step {self.done_steps + 1}"),
+            ("folder", str(self.out)),
+        ]  # fmt: skip
+
+    def _write_run(self, results: dict[str, Any]) -> None:
+        (self.out / "run.json").write_text(json.dumps(self.facts() | {"results": results}, indent=2) + "\n")
+
+    def _finish(self, console: Any, row: dict[str, Any]) -> None:
+        if not self.first:
+            return
+        results = {"step": row["step"], "loss": row["loss"]}
+        lines = []
+        if "eval_loss" in row:
+            results |= {"eval_loss": row["eval_loss"], "bits_per_byte": bits_per_byte(row["eval_loss"])}
+            lines.append(f"held-out: {results['bits_per_byte']:.2f} bits per byte")
+        self._write_run(results)
+        console.finish(lines + self.on_end(self.out))
+
+
+def _on_meta(config: Config) -> Transformer:
+    """The plain, whole model without storage, for counting."""
+    with torch.device("meta"):
+        return Transformer(config.model, config.data.seq_len)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    with suppress(PackageNotFoundError):
+        return version("lss-transformer")
+    return "unknown"
+
+
+def _device_name(mesh: DeviceMesh) -> str:
+    return torch.cuda.get_device_name() if mesh.device_type == "cuda" else f"cpu ({platform.machine()})"
+

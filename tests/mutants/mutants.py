@@ -1,0 +1,139 @@
+"""Faults that systems of this kind have had, each planted by one exact replacement, and the tests that must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` stands exactly once in `file`; with `new` in its place at least one of `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+PARITY = "tests/distributed/test_parity.py::test_gradients_equal_one_process"
+CP2 = "cp2-dp1-head_tail-rope-S24-4_2heads-1chunks"
+
+MUTANTS = (
+    Mutant(
+        "loss is a mean per rank",
+        "lss/context_parallel/loss.py",
+        "count = totals[1] if num_items_in_batch is None",
+        "count = local_count if num_items_in_batch is None",
+        ("tests/distributed/test_loss.py",),
+    ),
+    Mutant(
+        "label at the border of a segment is lost",
+        "lss/parallel/parallelize.py",
+        'inputs["shift_labels"] = shard(shifted, self.mesh, seg=segment)',
+        'inputs["shift_labels"] = shift(shard(torch.cat((ids[:, :1], shifted[:, :-1]), 1), self.mesh, seg=segment))',
+        ("tests/distributed/test_model.py",),
+    ),
+    Mutant(
+        "positions restart in every segment",
+        "lss/parallel/parallelize.py",
+        'inputs["positions"] = segment.positions.to(ids.device)',
+        'inputs["positions"] = torch.arange(segment.local_len)',
+        (f"{PARITY}[float32-lss-cp2-dp1]", f"{PARITY}[float32-ring-cp2-dp1]"),
+    ),
+    Mutant(
+        "causal mask is not offset by the segment's place",
+        "lss/kernels/sdpa.py",
+        "    past = k.shape[1] - q.shape[1]\n    if not causal or past == 0:\n        return call(",
+        "    past = k.shape[1] - q.shape[1]\n    if True:\n        return call(",
+        ("tests/kernels/test_kernels.py", f"{PARITY}[float32-lss-cp2-dp1]"),
+    ),
+    Mutant(
+        "dK and dV of other ranks are dropped",
+        "lss/comm/collectives.py",
+        "work = _reduce_scatter(dkv_T2BKH, dkv_S2BKH, group=self.group, async_op=True)",
+        "work = _all_gather(torch.empty_like(dkv_S2BKH), dkv_T2BKH.copy_(dkv_S2BKH.chunk(self.size)[self.rank]), "
+        "group=self.group, async_op=True)",
+        ("tests/distributed/test_attention.py", f"{PARITY}[float32-lss-cp2-dp1]"),
+    ),
+    Mutant(
+        "dK and dV are averaged over ranks",
+        "lss/comm/collectives.py",
+        "return Pending((work,), lambda: split_kv(dkv_T2BKH), dkv_S2BKH)",
+        "return Pending((work,), lambda: split_kv(dkv_T2BKH / self.size), dkv_S2BKH)",
+        ("tests/distributed/test_attention.py", f"{PARITY}[float32-lss-cp2-dp1]"),
+    ),
+    Mutant(
+        "gradient norm counts replicated gradients once per rank",
+        "lss/parallel/parallelize.py",
+        "return global_grad_norm(((self._whole, Communicator()), (self._cut, self.cp)))",
+        "return global_grad_norm(((self._whole, self.cp), (self._cut, self.cp)))",
+        (f"{PARITY}[float32-lss-cp2-dp1]",),
+    ),
+    Mutant(
+        "every rank draws the same dropout",
+        "lss/model/transformer.py",
+        "samples_B=samples, positions_T=positions)",
+        "samples_B=samples, positions_T=torch.arange(len(positions)))",
+        (f"{PARITY}[dropout-recompute-lss-cp2-dp1]",),
+    ),
+    Mutant(
+        "data-parallel ranks draw the same dropout",
+        "lss/parallel/parallelize.py",
+        'inputs["samples"] = self.dp.rank * ids.shape[0] + ',
+        'inputs["samples"] = ',
+        (f"{PARITY}[dropout-recompute-lss-cp1-dp2]",),
+    ),
+    Mutant(
+        "a resumed run reads its data from the start again",
+        "lss/train/trainer.py",
+        "batches = [self.loader.batch(step, micro)",
+        "batches = [self.loader.batch(step - self.done_steps, micro)",
+        ("tests/train/test_trainer.py",),
+    ),
+    Mutant(
+        "every accumulation window is divided by the first one's count",
+        "lss/train/steps.py",
+        "local = sum(int((batch.labels != -100).sum()) for batch in batches)",
+        "local = len(batches) * int((batches[0].labels != -100).sum())",
+        ("tests/train/test_steps.py",),
+    ),
+    Mutant(
+        "evaluation divides by this rank's count",
+        "lss/train/evaluate.py",
+        'labels = int(layout_of(model).all.all_reduce(labels, "labels").wait())',
+        "labels = int(labels)",
+        ("tests/train/test_steps.py",),
+    ),
+    Mutant(
+        "position rows are summed over the sequence group too",
+        "lss/parallel/parallelize.py",
+        "self._sync = GradSync(((self._whole, self.all), (self._cut, self.dp)))",
+        "self._sync = GradSync(((self._whole, self.all), (self._cut, self.all)))",
+        (f"{PARITY}[precut-lss-cp2-dp1]",),
+    ),
+    Mutant(
+        "gradients are averaged instead of summed",
+        "lss/parallel/grad_sync.py",
+        "parameter.grad.copy_(part.view_as(parameter))",
+        "parameter.grad.copy_(part.view_as(parameter) / bucket.comm.size)",
+        (f"{PARITY}[float32-lss-cp2-dp1]",),
+    ),
+    Mutant(
+        "padding is seen as keys",
+        "lss/segment/order.py",
+        "blocks.append(Block(q_start, q_stop, 0, self.seq_len, False))",
+        "blocks.append(Block(q_start, q_stop, 0, self.padded_len, False))",
+        ("tests/segment/test_order.py", "tests/distributed/test_attention.py"),
+    ),
+    Mutant(
+        "a rank's place in the world is taken for its place in the group",
+        "lss/comm/collectives.py",
+        "to = dist.get_global_rank(self.group, (self.rank + 1) % self.size)",
+        "to = (self.rank + 1) % self.size",
+        (f"{PARITY}[float32-ring-cp2-dp2]",),
+    ),
+)
+
+# Of the twelve faults that the suite is to kill, one has no place yet: a stale asynchronous save, since saves are
+# synchronous here.

@@ -1,0 +1,103 @@
+"""Whole runs: the same losses for any cut, the same bits on all ranks, and resumes that go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.distributed.pool import pool
+from tests.train.jobs import train_run
+
+
+def run(ranks, out, *overrides):
+    return pool(ranks).run(train_run, ranks, str(out), list(overrides))
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_200_steps_do_not_depend_on_the_cut(tmp_path, positions):
+    """Losses to 1e-10 in float64, and bit-identical weights on all ranks, over 200 AdamW steps."""
+    runs = {}
+    for cp in (1, 2, 4):
+        options = ["train.steps=200", f"model.positions={positions}", "data.seq_len=32", "train.batch_size=2"]
+        results = run(cp, tmp_path / str(cp), *options)
+        assert len({result["digest"] for result in results}) == 1
+        assert len(results[0]["losses"]) == 200
+        runs[cp] = torch.tensor(results[0]["losses"], dtype=torch.float64)
+    assert runs[1][-20:].mean() < runs[1][:20].mean() - 0.5, "it learns"
+    for cp in (2, 4):
+        assert ((runs[cp] - runs[1]).abs() / runs[1]).max() <= 1e-10
+
+
+@pytest.mark.parametrize("overrides", [[], ["parallel.dp=2", "train.accumulate=2"], ["optim.name=sgd", "optim.lr=0.1"],
+                                       ["parallel.strategy=tp"], ["model.dropout=0.2", "memory.checkpointing=full"]])  # fmt: skip
+def test_layouts_train_alike(tmp_path, overrides):
+    ranks = 4 if "parallel.dp=2" in overrides else 2
+    alone = run(1, tmp_path / "one", "train.steps=8", *(o for o in overrides if not o.startswith("parallel")))[0]
+    many = run(ranks, tmp_path / "many", "train.steps=8", *overrides)
+    assert many[0]["losses"] == pytest.approx(alone["losses"], rel=1e-11)
+    for name, weight in alone["weights"].items():
+        for result in many:
+            assert (result["weights"][name] - weight).abs().max() <= 1e-9 * weight.abs().max()
+
+
+def test_resume_is_the_run_without_a_stop(tmp_path):
+    """10 steps = 5 + resume + 5, in another layout too; metrics stay one row a step."""
+    options = ["model.positions=learned", "train.batch_size=4", "optim.warmup=4", "checkpoint.every=5"]
+    straight = run(2, tmp_path / "straight", "train.steps=10", *options)[0]
+    for ranks in (2, 3):
+        out = tmp_path / str(ranks)
+        # the schedule belongs to the last step, so the first half runs as part of ten: stop it by taking its checkpoint
+        run(2, out, "train.steps=10", *options)
+        (out / "checkpoints" / "step_10").rename(tmp_path / f"gone{ranks}")
+        resumed = run(ranks, out, "train.steps=10", *options)[0]
+        assert resumed["from"] == 5
+        assert resumed["losses"] == pytest.approx(straight["losses"][5:], rel=0 if ranks == 2 else 1e-12)
+        if ranks == 2:
+            assert resumed["digest"] == straight["digest"]
+        steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 11))
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path):
+    run(1, tmp_path, "train.steps=2")
+    assert run(1, tmp_path, "train.steps=2")[0]["losses"] == []
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [("model.d_mlp=64", "model.d_mlp=64"), ("data.seq_len=40", "data.seq_len=40"), ("checkpoint.resume=never", "never"),
+     ("optim.name=sgd", "optim.name=sgd")],
+)  # fmt: skip
+def test_another_run_in_the_same_folder_is_refused(tmp_path, change, words):
+    run(1, tmp_path, "train.steps=2")
+    before = (tmp_path / "metrics.jsonl").read_text()
+    ((ok, error),) = pool(1).outcomes(train_run, 1, str(tmp_path), ["train.steps=3", change])
+    assert not ok
+    assert error[0] == "Refused"
+    assert words in error[1]
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_rows_hold_what_is_promised(tmp_path):
+    run(2, tmp_path, "train.steps=3", "train.eval_every=2", "data.seq_len=48")
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    keys = ["step", "loss", "grad_norm", "lr", "tokens_counted", "tokens_per_s", "peak_memory_bytes", "step_time_s", "mfu"]
+    assert [list(row)[: len(keys)] for row in rows] == [keys] * 3
+    assert [row["tokens_counted"] for row in rows] == [4 * 48] * 3
+    assert ["eval_loss" in row for row in rows] == [False, True, True]
+    assert rows[0]["loss"] == pytest.approx(5.55, abs=0.1)  # ln 256: it knows nothing yet
+    assert (tmp_path / "checkpoints" / "step_3" / "model.safetensors").is_file()
+
+
+def test_old_checkpoints_go_and_the_newest_stay(tmp_path):
+    run(1, tmp_path, "train.steps=6", "checkpoint.every=1", "checkpoint.keep=2")
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_5", "step_6"]
+
+
+def test_bfloat16_trains_close_to_float32(tmp_path):
+    losses = [run(2, tmp_path / dtype, "train.steps=20", f"train.dtype={dtype}")[0]["losses"]
+              for dtype in ("bfloat16", "float32")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]

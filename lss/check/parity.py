@@ -30,7 +30,7 @@ from lss.train.trainer import build_model
 BOUNDS = {"float64": 1e-12, "float32": 2e-6}
 # bfloat16 is held to one process's own bfloat16 error against float64, times this.
 BFLOAT16_FACTOR = 1.25
-CHECK_LEN = 64  # tokens per chunk order and rank are few, but every path is taken
+CHECK_LEN = 64  # tokens a rank: few, but every path is taken
 
 
 @dataclass
@@ -47,6 +47,7 @@ class LengthResult:
     saved_bytes: int
     saved_bytes_one: int
     labels: int
+    labels_one: int
 
     @property
     def loss_error(self) -> float:
@@ -61,7 +62,8 @@ class LengthResult:
     @property
     def ok(self) -> bool:
         """Whether loss and all gradients are within their bounds; NaN never is."""
-        return self.loss_error <= self.loss_bound and all(e <= bound for e, bound in self.gradients.values())
+        fits = all(error <= bound for error, bound in self.gradients.values())
+        return fits and self.loss_error <= self.loss_bound and self.labels == self.labels_one
 
 
 @dataclass
@@ -106,19 +108,18 @@ def _check_length(config: Config, mesh: DeviceMesh, seq_len: int) -> LengthResul
         )
     found = {name: layout.whole(name, _grad(p)) for name, p in model.named_parameters()}
     if mesh.get_rank() != 0:
-        return LengthResult(seq_len, segment.local_len, loss, loss, 1.0, {}, [], 0, 0, labels)
-    loss_one, expected, saved_one = _one_process(config, seq_len, train.dtype, mesh.device_type)
+        return LengthResult(seq_len, segment.local_len, loss, loss, 1.0, {}, [], 0, 0, labels, labels)
+    loss_one, expected, saved_one, labels_one = _one_process(config, seq_len, train.dtype, mesh.device_type)
     if train.dtype == "bfloat16":
-        _, exact, _ = _one_process(config, seq_len, "float64", mesh.device_type)
+        _, exact, _, _ = _one_process(config, seq_len, "float64", mesh.device_type)
         gradients = _bfloat16_errors(found, expected, exact)
         loss_bound = 1e-2
     else:
         bound = BOUNDS[train.dtype]
         gradients = {name: (error, bound) for name, error in relative_errors(found, expected).items()}
         loss_bound = bound
-    return LengthResult(
-        seq_len, segment.local_len, loss, loss_one, loss_bound, gradients, counter.rows(), saved.bytes, saved_one, labels
-    )
+    kept = (saved.bytes, saved_one, labels, labels_one)
+    return LengthResult(seq_len, segment.local_len, loss, loss_one, loss_bound, gradients, counter.rows(), *kept)
 
 
 def _batches(config: Config, segment, dp: int, dp_rank: int) -> list[Batch]:
@@ -144,12 +145,14 @@ def _batches(config: Config, segment, dp: int, dp_rank: int) -> list[Batch]:
     return batches
 
 
-def _one_process(config: Config, seq_len: int, dtype: str, device: str) -> tuple[float, dict[str, torch.Tensor], int]:
-    """Loss, every gradient, and bytes kept for backward, of the plain model on whole batches."""
+def _one_process(
+    config: Config, seq_len: int, dtype: str, device: str
+) -> tuple[float, dict[str, torch.Tensor], int, int]:
+    """Loss, every gradient, bytes kept for backward and labels counted, of the plain model on whole batches."""
     model = Transformer(config.model, seq_len, seed=config.train.seed)
     model.to(device=device, dtype=parameter_dtype(dtype))
     batches = _batches(config, make_segment(seq_len, cp=1, rank=0), 1, 0)
-    count = max(sum(int((batch.labels != -100).sum()) for batch in batches), 1)
+    count = sum(int((batch.labels != -100).sum()) for batch in batches)
     total, seed = 0.0, fold(config.train.seed, 1)
     with saved_bytes(model) as saved:
         for batch in batches:
@@ -158,12 +161,12 @@ def _one_process(config: Config, seq_len: int, dtype: str, device: str) -> tuple
                     batch.tokens.to(device),
                     shift_labels=batch.labels.to(device),
                     samples=batch.slots.to(device),
-                    num_items_in_batch=count,
+                    num_items_in_batch=max(count, 1),
                     dropout_seed=seed,
                 ).loss
             loss.backward()
             total += float(loss.detach().double())
-    return total, {name: _grad(p) for name, p in model.named_parameters()}, saved.bytes
+    return total, {name: _grad(p) for name, p in model.named_parameters()}, saved.bytes, count
 
 
 def _grad(parameter: nn.Parameter) -> torch.Tensor:

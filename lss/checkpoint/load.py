@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from lss.checkpoint.layout import TensorLayout
 from lss.config.errors import Refused, refuse
-from lss.parallel import layout_of
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -45,13 +45,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return _read(path / "model.safetensors")
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load weights and optimizer state into a parallelized model, each rank its part; returns the step.
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, layout: TensorLayout) -> int:
+    """Load weights and optimizer state into a model, each rank its part by `layout`; returns the step.
 
     Raises:
         Refused: a file is missing or damaged, or does not fit this model or optimizer.
     """
-    layout, state = layout_of(model), read_state(path)
+    state = read_state(path)
     if state["optimizer"] != type(optimizer).__name__:
         raise refuse("optim.name", type(optimizer).__name__.lower(), f"{path} was saved with {state['optimizer'].lower()}")
     weights, states = read_weights(path), _read(path / "optimizer.safetensors")

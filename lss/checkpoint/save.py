@@ -16,16 +16,24 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lss.checkpoint.layout import TensorLayout
 from lss.config.errors import Refused
-from lss.parallel import full_state_dict, layout_of
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    layout: TensorLayout,
+    *,
+    facts: dict[str, Any],
+    keep: int,
 ) -> Path:
-    """Save a parallelized model and its optimizer as `folder/step_N`; the first rank writes, all ranks must call.
+    """Save a model and its optimizer as `folder/step_N`; the first rank writes, all ranks must call.
 
     Args:
+        layout: how the model lies on the ranks.
         facts: JSON values stored beside step and optimizer settings: config, versions.
         keep: how many of the newest checkpoints stay; older ones are removed after this one is complete.
 
@@ -34,12 +42,12 @@ def save_checkpoint(
 
     Collectives: one all-gather per cut parameter and state, and one all-reduce of the outcome.
     """
-    layout = layout_of(model)
-    weights = full_state_dict(model)
-    states, scalars = _optimizer_tensors(model, optimizer)
+    weights = {name: layout.whole(name, parameter.detach()) for name, parameter in model.named_parameters()}
+    states, scalars = _optimizer_tensors(model, optimizer, layout)
     path, reason = folder / f"step_{step}", ""
     if torch.distributed.get_rank() == 0:
-        state = {"format": 1, "step": step, "optimizer": type(optimizer).__name__, "optimizer_scalars": scalars, **facts}
+        name = type(optimizer).__name__
+        state = {"format": 1, "step": step, "optimizer": name, "optimizer_scalars": scalars, **facts}
         try:
             _write(path, weights, states, state)
             _prune(folder, keep)
@@ -52,9 +60,11 @@ def save_checkpoint(
     return path
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict[str, float]]:
+def _optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, layout: TensorLayout
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Whole state tensors under "parameter/state", and the scalars (step counts) beside them."""
-    layout, tensors, scalars = layout_of(model), {}, {}
+    tensors, scalars = {}, {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value) and value.dim() > 0:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from lss.cli.main import split_config
 from lss.cli.ranks import must_launch, planned_ranks, read_config, share_cores, without_nproc
 from lss.config import Config
+
+if TYPE_CHECKING:
+    from lss.check import CheckResult
 
 
 def check(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -36,43 +40,48 @@ def _check(config: Config) -> int:
     return 0 if result.ok else 1
 
 
-def _print(config: Config, result) -> None:
+def _print(config: Config, result: CheckResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
+    # a pipe has no width; a table squeezed into 80 columns cannot be read
+    console = console if console.is_terminal else Console(width=120)
     parallel = config.parallel
-    ranks = parallel.cp * parallel.dp
+    assert isinstance(parallel.cp, int)
     for at in result.lengths:
-        error, bound = at.gradients[at.worst]
-        table = Table(
-            "what", "one rank", f"{ranks} ranks", "relative error", "bound", "",
-            title=f"{config.name}: {at.seq_len} tokens over cp {parallel.cp}, dp {parallel.dp}, {parallel.strategy}, "
-                  f"{parallel.order}, {config.train.dtype}",
-        )  # fmt: skip
+        title = (f"{config.name}, {at.seq_len} tokens: cp {parallel.cp} x dp {parallel.dp}, {parallel.strategy}, "
+                 f"{parallel.order}, {config.train.dtype}")  # fmt: skip
+        table = Table("", "one rank", f"{parallel.cp * parallel.dp} ranks", "error", "bound", "", title=title)
         table.add_row("loss", f"{at.loss_one:.9f}", f"{at.loss:.9f}", f"{at.loss_error:.1e}", f"{at.loss_bound:.0e}",
                       _mark(at.loss_error <= at.loss_bound))  # fmt: skip
-        table.add_row(f"gradients of {len(at.gradients)} parameters, worst:\n{at.worst}", "", "", f"{error:.1e}",
-                      f"{bound:.0e}", _mark(all(e <= b for e, b in at.gradients.values())))  # fmt: skip
-        table.add_row("labels counted", "", f"{at.labels:,}", "", "", "")
-        table.add_row("tokens a rank", f"{at.seq_len:,}", f"{at.local_len:,}", "", "", "")
+        error, bound = at.gradients[at.worst]
+        fits = all(e <= b for e, b in at.gradients.values())
+        table.add_row("worst gradient", f"of {len(at.gradients)}", at.worst, f"{error:.1e}", f"{bound:.0e}", _mark(fits))
+        table.add_row("labels counted", f"{at.labels_one:,}", f"{at.labels:,}", "", "", _mark(at.labels == at.labels_one))
+        table.add_section()
+        table.add_row("tokens a rank", f"{at.seq_len:,}", f"{at.local_len:,}")
         ratio = at.saved_bytes / max(at.saved_bytes_one, 1)
-        # per rank: a dp rank takes 1/dp of the rows, a cp rank 1/cp of each
-        table.add_row("kept for backward, a rank", _mib(at.saved_bytes_one), f"{_mib(at.saved_bytes)} ({ratio:.2f} of it)",
-                      "", "", "")  # fmt: skip
+        table.add_row("kept for backward, a rank", _size(at.saved_bytes_one), f"{_size(at.saved_bytes)}, {ratio:.2f} of it")
+        table.add_section()
         for kind, purpose, calls, size in at.collectives:
-            table.add_row(f"{kind} ({purpose})", "", f"{calls} calls, {_mib(size)}", "", "", "")
+            table.add_row(f"{kind} of {purpose}", "", f"{calls} calls, {_size(size)}")
         console.print(table)
-    layers = config.model.n_layers * config.train.accumulate
-    console.print(f"collectives are those of one step: {config.train.accumulate} micro-batch(es), {layers} layer passes",
+    micro, layers = config.train.accumulate, config.model.n_layers
+    console.print(f"Collectives: payload of one step of {micro} micro-batch(es) through {layers} layers, per rank.",
                   highlight=False)  # fmt: skip
-    console.print("check: equal to one process" if result.ok else "check: NOT equal to one process", style="bold",
-                  highlight=False)  # fmt: skip
+    worst = max((at.gradients[at.worst] for at in result.lengths), key=lambda pair: pair[0] / pair[1])
+    verdict = "equal to one process" if result.ok else "NOT equal to one process"
+    console.print(f"check: {verdict}; worst gradient {worst[0]:.1e}, bound {worst[1]:.0e}", style="bold", highlight=False)
 
 
 def _mark(ok: bool) -> str:
     return "[green]ok[/]" if ok else "[bold red]DIFFERS[/]"
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.2f} MiB"
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

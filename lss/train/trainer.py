@@ -124,7 +124,7 @@ class Trainer:
                 if before != value:
                     fit = f"{self.out} holds a run made with {before}; choose another --out"
                     raise refuse(f"{section}.{key}", value, fit)
-        return load_checkpoint(newest, self.model, self.optimizer)
+        return load_checkpoint(newest, self.model, self.optimizer, self.layout)
 
     def facts(self) -> dict[str, Any]:
         """What a report or a checkpoint tells of this run besides its metrics."""
@@ -228,9 +228,8 @@ class Trainer:
 
     def save(self, step: int) -> Path:
         """Write `out/checkpoints/step_N`."""
-        return save_checkpoint(
-            self.out / "checkpoints", step, self.model, self.optimizer, self.facts(), self.config.checkpoint.keep
-        )
+        folder, keep = self.out / "checkpoints", self.config.checkpoint.keep
+        return save_checkpoint(folder, step, self.model, self.optimizer, self.layout, facts=self.facts(), keep=keep)
 
     # -- what people see ---------------------------------------------------------------------------------------------
 

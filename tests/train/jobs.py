@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lss.data.loader import Batch
 
 from lss.config import Config, load_config
+from lss.data.loader import Batch
 from lss.model import Transformer
 from lss.parallel import full_state_dict, layout_of
 from lss.train.evaluate import evaluate

@@ -30,8 +30,16 @@ def test_200_steps_do_not_depend_on_the_cut(tmp_path, positions):
         assert ((runs[cp] - runs[1]).abs() / runs[1]).max() <= 1e-10
 
 
-@pytest.mark.parametrize("overrides", [[], ["parallel.dp=2", "train.accumulate=2"], ["optim.name=sgd", "optim.lr=0.1"],
-                                       ["parallel.strategy=tp"], ["model.dropout=0.2", "memory.checkpointing=full"]])  # fmt: skip
+LAYOUTS = [
+    [],
+    ["parallel.dp=2", "train.accumulate=2"],
+    ["optim.name=sgd", "optim.lr=0.1"],
+    ["parallel.strategy=tp"],
+    ["model.dropout=0.2", "memory.checkpointing=full"],
+]
+
+
+@pytest.mark.parametrize("overrides", LAYOUTS, ids=" ".join)
 def test_layouts_train_alike(tmp_path, overrides):
     ranks = 4 if "parallel.dp=2" in overrides else 2
     alone = run(1, tmp_path / "one", "train.steps=8", *(o for o in overrides if not o.startswith("parallel")))[0]

@@ -1,0 +1,47 @@
+# The commands of the project. `make demo` and `make test` work on a fresh machine with Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO := runs/demo
+
+.PHONY: help venv demo test mutants lint clean
+
+help:  ## list these commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) ..."
+	@# torch first and at its pin: without it pip would take a CUDA build of several GB for any dependent
+	@$(PIP) install -q -c constraints.txt "$$(grep ^torch== constraints.txt)"
+	@$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+venv: $(STAMP)  ## make .venv and install the library in it
+
+demo: venv  ## train a small model on real text on two processes, and prove that it equals one
+	@rm -rf $(DEMO)
+	@$(BIN)/lss train configs/tiny.toml --nproc 2 --out $(DEMO)
+	@$(BIN)/lss check configs/tiny.toml --nproc 2
+	@$(BIN)/lss report $(DEMO)
+
+test: venv  ## run the whole suite
+	@$(BIN)/python -m pytest
+
+mutants: venv  ## plant known faults and show that the suite catches each
+	@$(BIN)/python tests/mutants/run.py
+
+lint: venv  ## ruff, import contracts, types
+	@$(BIN)/python -c 'import pyright' 2>/dev/null || $(PIP) install -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports
+	@$(BIN)/pyright
+
+clean:  ## remove .venv, runs and caches
+	@rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

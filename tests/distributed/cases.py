@@ -25,7 +25,7 @@ def oracle(q, k, v, dout, causal):
     scores = q.transpose(1, 2) @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         S = q.shape[1]
-        scores = scores.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), float("-inf"))
+        scores = scores.masked_fill(torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1), float("-inf"))
     out = (scores.softmax(-1) @ values).transpose(1, 2)
     return (out, *torch.autograd.grad(out, (q, k, v), dout))
 
@@ -39,7 +39,7 @@ def attention_case(cp, *, S, N, K, H=8, B=2, dtype=torch.float64, causal=True, d
     """Relative errors of out, dq, dk, dv against the oracle on this rank, and the collectives counted."""
     the_mesh = mesh(cp, dp)
     order = options.get("order", "head_tail")
-    whole = make_qkv(B, S, N, K, H, dtype)
+    whole = [x.to(the_mesh.device_type) for x in make_qkv(B, S, N, K, H, dtype)]
     expected = oracle(*whole, causal)
     q, k, v, dout = (lss.shard(x, the_mesh, order=order) for x in whole)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]

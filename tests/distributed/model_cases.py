@@ -40,9 +40,9 @@ def batches(seq_len: int, rows: int, vocab: int, labels: str, count: int, seed: 
     return out
 
 
-def one_process(config, seq_len, dtype, data, dropout_seed=None):
+def one_process(config, seq_len, dtype, data, dropout_seed=None, device="cpu"):
     """Loss of each micro-batch and every gradient on one process, all labels of all micro-batches in one mean."""
-    model = Transformer(config, seq_len, seed=3).to(dtype)
+    model = Transformer(config, seq_len, seed=3).to(device, dtype)
     count = sum(int((labels != -100).sum()) for _, labels in data)
     losses = []
     for ids, labels in data:
@@ -72,10 +72,11 @@ def parity_case(
     the_mesh = mesh(cp, dp)
     config = model_config(**(model or {}))
     rows = rows or 2 * dp
-    data = batches(seq_len, rows, config.vocab_size, labels, accumulate)
+    device = the_mesh.device_type
+    data = [(ids.to(device), y.to(device)) for ids, y in batches(seq_len, rows, config.vocab_size, labels, accumulate)]
     seed = 11 if config.dropout else None
-    losses, expected, expected_logits = one_process(config, seq_len, dtype, data, seed)
-    parallel = lss.parallelize(Transformer(config, seq_len, seed=3).to(dtype), the_mesh, precut=precut, **options)
+    losses, expected, expected_logits = one_process(config, seq_len, dtype, data, seed, device)
+    parallel = lss.parallelize(Transformer(config, seq_len, seed=3).to(device, dtype), the_mesh, precut=precut, **options)
     layout = layout_of(parallel)
     count = sum(int((shifted != -100).sum()) for _, shifted in data)
     mine = slice(layout.dp.rank * rows // dp, (layout.dp.rank + 1) * rows // dp)
@@ -88,7 +89,7 @@ def parity_case(
                 segment = layout.segment(seq_len)
                 ids = lss.shard(ids, the_mesh, seg=segment, pad_value=0)
                 batch |= {"shift_labels": lss.shard(batch["shift_labels"], the_mesh, seg=segment),
-                          "positions": segment.positions, "seq_len": seq_len}  # fmt: skip
+                          "positions": segment.positions.to(device), "seq_len": seq_len}  # fmt: skip
             if number + 1 < len(data):
                 with parallel.no_sync():
                     output = parallel(ids, **batch)

@@ -19,14 +19,16 @@ class RanksFailed(AssertionError):
     """Some rank raised; carries each rank's traceback."""
 
 
-def _serve(rank: int, world: int, store: str, pipe) -> None:
+def _serve(rank: int, world: int, backend: str, store: str, pipe) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         store=dist.FileStore(store, world),
         rank=rank,
         world_size=world,
@@ -42,10 +44,10 @@ def _serve(rank: int, world: int, store: str, pipe) -> None:
 
 
 class RankPool:
-    """`world` gloo ranks on this machine. `run(f, ...)` calls f on every rank and returns the results by rank."""
+    """`world` ranks on this machine. `run(f, ...)` calls f on every rank and returns the results by rank."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, backend: str = "gloo") -> None:
+        self.world, self.backend = world, backend
         self._start()
 
     def _start(self) -> None:
@@ -55,7 +57,9 @@ class RankPool:
         for rank in range(self.world):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.world, os.path.join(self._folder.name, "store"), there), daemon=True
+                target=_serve,
+                args=(rank, self.world, self.backend, os.path.join(self._folder.name, "store"), there),
+                daemon=True,
             )
             process.start()
             self._pipes.append(here)
@@ -90,14 +94,14 @@ class RankPool:
         self._folder.cleanup()
 
 
-_POOLS: dict[int, RankPool] = {}
+_POOLS: dict[tuple[int, str], RankPool] = {}
 
 
-def pool(world: int) -> RankPool:
-    """The shared pool of this size, started when it is first asked for."""
-    if world not in _POOLS:
-        _POOLS[world] = RankPool(world)
-    return _POOLS[world]
+def pool(world: int, backend: str = "gloo") -> RankPool:
+    """The shared pool of this size and backend ("nccl": a GPU each), started when it is first asked for."""
+    if (world, backend) not in _POOLS:
+        _POOLS[world, backend] = RankPool(world, backend)
+    return _POOLS[world, backend]
 
 
 def stop_pools() -> None:

@@ -27,13 +27,15 @@ def copy_tree(target: Path) -> None:
 
 
 def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
-    """(whether all pass, pytest's last lines) in this tree."""
+    """(whether all pass, the first test that failed or pytest's last line) in this tree."""
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "--no-header", "--tb=no", "-rf", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
         raise SystemExit(f"pytest could not run {' '.join(tests)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 0, (done.stdout.strip().splitlines() or [""])[-1]
+    lines = done.stdout.strip().splitlines() or [""]
+    failed = [line.removeprefix("FAILED ").split(" - ")[0] for line in lines if line.startswith("FAILED ")]
+    return done.returncode == 0, failed[0] if failed else lines[-1]
 
 
 def plant(tree: Path, mutant: Mutant) -> None:
@@ -65,7 +67,7 @@ def main(wanted: list[str]) -> int:
             if survived:
                 survivors.append(mutant.name)
             word = "SURVIVED" if survived else "caught"
-            print(f"{word:9} {mutant.name} ({time.monotonic() - started:.0f} s; {summary})", flush=True)
+            print(f"{word:9} {mutant.name} ({time.monotonic() - started:.0f} s) {summary}", flush=True)
     print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants caught")
     return 1 if survivors else 0
 

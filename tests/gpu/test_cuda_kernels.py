@@ -1,0 +1,80 @@
+"""CUDA kernels against softmax by autograd in float64, beside the reference kernel in the same dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lss.kernels import KERNELS, pick_kernel
+from lss.kernels.merge import merge
+from tests.kernels.test_kernels import inputs, softmax_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SHAPES = [(64, 64), (1, 64), (128, 384), (200, 333), (511, 1024)]
+
+
+def relative(found, true):
+    return float((found.double() - true).norm() / true.norm())
+
+
+@pytest.mark.parametrize("name", ["sdpa_cudnn", "sdpa_flash"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("Tq, Tk", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("H, N, K", [(64, 8, 2), (128, 4, 4), (128, 6, 1)])
+def test_kernel_is_as_near_as_its_dtype_allows(name, causal, Tq, Tk, dtype, H, N, K):
+    q, k, v, dout = (x.cuda() for x in inputs(Tq, Tk, N=N, K=K, H=H, dtype=dtype))
+    scale = H**-0.5
+    expected = softmax_attention(*(x.cpu() for x in (q, k, v, dout)), causal, scale)
+    out, lse = KERNELS[name].forward(q, k, v, causal=causal, scale=scale)
+    grads = KERNELS[name].backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
+    assert lse.dtype == torch.float32
+    assert lse.shape == expected[1].shape
+    # half precision inputs, float32 accumulation, P and dS rounded once more than in the reference
+    bound = 8e-3 if dtype == torch.bfloat16 else 1e-3
+    for found, true in zip((out, lse, *grads), expected, strict=True):
+        assert relative(found.cpu(), true) <= bound
+
+
+@pytest.mark.parametrize("name", ["sdpa_cudnn", "sdpa_flash"])
+def test_parts_of_the_keys_merge_and_take_the_global_lse(name):
+    q, k, v, dout = (x.cuda() for x in inputs(256, 512, H=64, dtype=torch.bfloat16))
+    kernel = KERNELS[name]
+    parts = [slice(0, 200), slice(200, 512)]
+    pairs = [kernel.forward(q, k[:, s], v[:, s], causal=False, scale=0.125) for s in parts]
+    out, lse = merge(*pairs[0], *pairs[1])
+    expected = softmax_attention(*(x.cpu() for x in (q, k, v, dout)), False, 0.125)
+    grads = [kernel.backward(dout, q, k[:, s], v[:, s], out.bfloat16(), lse, causal=False, scale=0.125) for s in parts]
+    dq = grads[0][0].float() + grads[1][0].float()
+    dk, dv = (torch.cat((grads[0][i], grads[1][i]), 1) for i in (1, 2))
+    for found, true in zip((out, lse, dq, dk, dv), expected, strict=True):
+        assert relative(found.cpu(), true) <= 8e-3
+
+
+@pytest.mark.parametrize("name", ["sdpa_cudnn", "sdpa_flash"])
+def test_empty_blocks_and_blind_queries(name):
+    q, k, v, dout = (x.cuda() for x in inputs(96, 64, H=64, dtype=torch.bfloat16))
+    out, lse = KERNELS[name].forward(q, k, v, causal=True, scale=0.125)
+    dq, dk, dv = KERNELS[name].backward(dout, q, k, v, out, lse, causal=True, scale=0.125)
+    assert not out[:, :32].any()
+    assert torch.isneginf(lse[:, :, :32]).all()
+    assert not dq[:, :32].any()
+    expected = softmax_attention(*(x.cpu() for x in (q[:, 32:], k, v, dout[:, 32:])), True, 0.125)
+    for found, true in zip((out[:, 32:], lse[:, :, 32:], dq[:, 32:], dk, dv), expected, strict=True):
+        assert relative(found.cpu(), true) <= 8e-3
+    out, lse = KERNELS[name].forward(q, k[:, :0], v[:, :0], causal=True, scale=0.125)
+    assert not out.any()
+
+
+@pytest.mark.parametrize(
+    "dtype, H, expected",
+    [(torch.float64, 64, "reference"), (torch.float32, 64, "reference"), (torch.bfloat16, 64, "sdpa_cudnn"),
+     (torch.bfloat16, 256, "sdpa_flash"), (torch.bfloat16, 12, "reference")],
+)  # fmt: skip
+def test_auto_takes_the_fastest_that_fits(dtype, H, expected):
+    if expected == "sdpa_cudnn" and torch.cuda.get_device_capability() < (9, 0):
+        expected = "sdpa_flash"
+    assert pick_kernel("auto", torch.empty(1, 1, 1, H, dtype=dtype, device="cuda")).name == expected

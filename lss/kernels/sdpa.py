@@ -53,12 +53,16 @@ def flash_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Te
 
 def cudnn_forward(q, k, v, *, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward by cuDNN (float16, bfloat16; head size a multiple of 8, at most 128)."""
+    if q.shape[1] == k.shape[1] == 1:  # which cuDNN does not take
+        return flash_forward(q, k, v, causal=causal, scale=scale)
     out, lse = _split_forward(_cudnn_call, q, k, v, causal, scale)
     return out.to(q.dtype), lse
 
 
 def cudnn_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Tensors:
     """Backward by cuDNN from the global out and lse; gradients in q's dtype, float32 where a rectangle was split."""
+    if q.shape[1] == k.shape[1] == 1:
+        return flash_backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
     return _split_backward(_cudnn_grad, dout, q, k, v, out, lse, causal, scale)
 
 
@@ -98,10 +102,15 @@ def _cudnn_grad(dout, q, k, v, out, lse, causal: bool, scale: float) -> Tensors:
 # -- bottom-right alignment out of top-left operators ------------------------------------------------------------------
 
 
+def _needs_split(q: torch.Tensor, causal: bool, past: int) -> bool:
+    # a single query at the bottom right sees every key: no mask at all
+    return causal and past > 0 and q.shape[1] > 1
+
+
 def _split_forward(call: Callable, q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     past = k.shape[1] - q.shape[1]
-    if not causal or past == 0:
-        return call(q, k, v, causal, scale)
+    if not _needs_split(q, causal, past):
+        return call(q, k, v, causal and past == 0, scale)
     seen = call(q, k[:, :past], v[:, :past], False, scale)
     diagonal = call(q, k[:, past:], v[:, past:], True, scale)
     return merge(*seen, *diagonal)
@@ -109,8 +118,8 @@ def _split_forward(call: Callable, q, k, v, causal: bool, scale: float) -> tuple
 
 def _split_backward(grad: Callable, dout, q, k, v, out, lse, causal: bool, scale: float) -> Tensors:
     past = k.shape[1] - q.shape[1]
-    if not causal or past == 0:
-        return grad(dout, q, k, v, out, lse, causal, scale)
+    if not _needs_split(q, causal, past):
+        return grad(dout, q, k, v, out, lse, causal and past == 0, scale)
     dq, dk, dv = grad(dout, q, k[:, :past], v[:, :past], out, lse, False, scale)
     dq2, dk2, dv2 = grad(dout, q, k[:, past:], v[:, past:], out, lse, True, scale)
     dq = dq.to(lse.dtype) + dq2  # the two halves of a half precision dq are added in float32

@@ -46,13 +46,15 @@ class Kernel(NamedTuple):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The kernel's backward with the same guards; a query that sees nothing gives and receives no gradient."""
         blind = _blind_queries(q_BTNH, k_BSKH, causal)
+        # torch's flash operator reads lse as if it were contiguous, whatever its strides: a slice gives wrong gradients
+        lse_BNT = lse_BNT[:, :, min(blind, lse_BNT.shape[2]) :].contiguous()
         if blind == 0:
             return self.grad(dout_BTNH, q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, causal=causal, scale=scale)
         dq, dk, dv = (torch.zeros_like(x) for x in (q_BTNH, k_BSKH, v_BSKH))
         if blind < q_BTNH.shape[1]:
             seeing = (x[:, blind:] for x in (dout_BTNH, q_BTNH))
             grads = self.grad(
-                *seeing, k_BSKH, v_BSKH, out_BTNH[:, blind:], lse_BNT[:, :, blind:], causal=causal, scale=scale
+                *seeing, k_BSKH, v_BSKH, out_BTNH[:, blind:], lse_BNT, causal=causal, scale=scale
             )
             dq, (dk, dv) = torch.cat((dq[:, :blind].to(grads[0].dtype), grads[0]), dim=1), grads[1:]
         return dq, dk, dv

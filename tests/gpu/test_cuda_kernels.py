@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SHAPES = [(64, 64), (1, 64), (128, 384), (200, 333), (511, 1024)]
+SHAPES = [(64, 64), (1, 1), (1, 64), (128, 384), (200, 333), (511, 1024)]
 
 
 def relative(found, true):
@@ -36,7 +36,9 @@ def test_kernel_is_as_near_as_its_dtype_allows(name, causal, Tq, Tk, dtype, H, N
     # half precision inputs, float32 accumulation, P and dS rounded once more than in the reference
     bound = 8e-3 if dtype == torch.bfloat16 else 1e-3
     for found, true in zip((out, lse, *grads), expected, strict=True):
-        assert relative(found.cpu(), true) <= bound
+        # with a single key dq and dk are 0, and what stands there is the rounding of numbers as large as dout
+        size = max(float(true.norm()), float(dout.double().norm()) if Tk == 1 else 0.0)
+        assert float((found.cpu().double() - true).norm()) <= bound * size
 
 
 @pytest.mark.parametrize("name", ["sdpa_cudnn", "sdpa_flash"])

@@ -44,8 +44,8 @@ MUTANTS = (
     Mutant(
         "causal mask is not offset by the segment's place",
         "lss/kernels/sdpa.py",
-        "    past = k.shape[1] - q.shape[1]\n    if not causal or past == 0:\n        return call(",
-        "    past = k.shape[1] - q.shape[1]\n    if True:\n        return call(",
+        "    if not _needs_split(q, causal, past):\n        return call(q, k, v, causal and past == 0, scale)",
+        "    if True:\n        return call(q, k, v, causal, scale)",
         ("tests/kernels/test_kernels.py", f"{PARITY}[float32-lss-cp2-dp1]"),
     ),
     Mutant(

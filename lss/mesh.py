@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -123,6 +124,11 @@ def _init_process_group(device_type: str | None, timeout: timedelta) -> str:
         # one rank talks to nobody: an in-process store, no port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return device_type
+    try:
+        socket.getaddrinfo(environment.address, None)
+    except OSError as error:
+        # torch would ask again until its timeout, minutes later
+        raise refuse("MASTER_ADDR", environment.address, f"no such host ({error.strerror}); name the host of rank 0") from None
     if device_type == "cuda":
         torch.cuda.set_device(environment.local_rank)
     if environment.address in ("127.0.0.1", "localhost"):

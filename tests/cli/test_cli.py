@@ -1,0 +1,203 @@
+"""The command line as people use it: whole processes, launchers, exit statuses, one sentence for a refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = str(ROOT / "configs" / "tiny.toml")
+SMALL = ["model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.d_mlp=48", "data.seq_len=64",
+         "train.batch_size=4", "train.eval_samples=4"]  # fmt: skip
+ONE_SGD_STEP = ["train.steps=1", "train.dtype=float64", "optim.name=sgd", "optim.lr=1.0", "optim.warmup=0",
+                "optim.weight_decay=0", "optim.clip=0"]  # fmt: skip
+
+
+def lss(*arguments, cwd, env=None, timeout=120):
+    """Run `python -m lss` in a folder; returns the finished process."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run([sys.executable, "-m", "lss", *map(str, arguments)], cwd=cwd, env=environment,
+                          capture_output=True, text=True, timeout=timeout, check=False)  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_one_step_gives_the_same_weights_for_any_cp(tmp_path, positions):
+    """The gradient seen from outside: one SGD step at rate 1, exported; cp 1 to 4 agree to 1e-12."""
+    exported = {}
+    for cp in (1, 2, 3, 4):
+        out = tmp_path / f"a{cp}"
+        launched = ["--nproc", cp] if cp > 1 else []
+        done = lss("train", TINY, *SMALL, *ONE_SGD_STEP, f"model.positions={positions}", "model.n_kv_heads=2",
+                   f"parallel.cp={cp}", *launched, "--out", out, cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (out / "report.html").is_file()
+        done = lss("export", out / "checkpoints" / "step_1", "-o", out / "w.safetensors", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        exported[cp] = load_file(out / "w.safetensors")
+        row = json.loads((out / "metrics.jsonl").read_text())
+        assert row["step"] == 1
+        assert row["tokens_counted"] == 4 * 64
+    for cp in (2, 3, 4):
+        assert exported[cp].keys() == exported[1].keys()
+        for name, weight in exported[1].items():
+            assert weight.dtype == torch.float64
+            assert (exported[cp][name] - weight).norm() <= 1e-12 * weight.norm(), name
+
+
+def test_check_proves_and_prints(tmp_path):
+    done = lss("check", TINY, *SMALL, "model.n_kv_heads=2", "train.dtype=float64", "--nproc", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    for words in ("worst gradient", "all_gather of kv", "reduce_scatter of dkv", "tokens a rank", "kept for backward",
+                  "check: equal to one process"):  # fmt: skip
+        assert words in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_exits_1_where_gradients_differ(tmp_path):
+    """Plant a fault in this process only: dK and dV averaged instead of summed."""
+    script = (
+        "import sys, lss.comm.collectives as c, lss.cli as cli\n"
+        "whole = c.Communicator.reduce_scatter_dkv\n"
+        "def broken(self, dkv):\n"
+        "    return whole(self, dkv / 2)\n"
+        "c.Communicator.reduce_scatter_dkv = broken\n"
+        f"sys.exit(cli.main(['check', {TINY!r}, 'model.n_layers=1']))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert "DIFFERS" in done.stdout
+    assert "check: NOT equal to one process" in done.stdout
+
+
+def launchers(port):
+    """What each launcher sets for ranks 0 and 1 of 2 on this machine."""
+    names = {
+        "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE"),
+        "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    }
+    for launcher, keys in names.items():
+        meet = {"MASTER_PORT": str(port)} | ({"MASTER_ADDR": "127.0.0.1"} if launcher == "torchrun" else {})
+        yield launcher, [meet | dict(zip(keys, (str(rank), "2", str(rank), "2"), strict=True)) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun", "mpirun"])
+def test_ranks_of_any_launcher_meet(tmp_path, launcher):
+    variables = dict(launchers(free_port()))[launcher]
+    arguments = ["train", TINY, *SMALL, "train.steps=2", "train.eval_every=0", "--out", str(tmp_path / "run")]
+    ranks = [
+        subprocess.Popen([sys.executable, "-m", "lss", *arguments], cwd=tmp_path, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables[rank])  # fmt: skip
+        for rank in (0, 1)
+    ]
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert "cp 2" in outputs[0][0]
+    assert outputs[1][0] == ""
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+REFUSALS = [
+    (["train", TINY, "optim.lrr=1"], "nearest is optim.lr"),
+    (["train", TINY, "parallel.cp=3", "--nproc", "4"], "needs 3 ranks and 4 are planned"),
+    (["train", "absent.toml"], "absent.toml"),
+    (["train", TINY, "other.toml"], "one config file"),
+    (["train", TINY, "--nproc", "0"], "--nproc=0"),
+    (["train", TINY, "--nproc", "two"], "--nproc"),
+    (["train", TINY, "--bogus"], "--bogus"),
+    (["train", TINY, "data.path=absent"], "data.path='absent'"),
+    (["train", TINY, "data.seq_len=100000000"], "data.seq_len=100000000"),
+    (["train", TINY, "parallel.strategy=tp", "--nproc", "3"], "model.n_heads=8"),
+    (["train", TINY, "--out", TINY], "give a folder"),
+    (["trian", TINY], "nearest is train"),
+    (["check", TINY, "train.steps=x"], "train.steps='x'"),
+    (["export", "absent", "-o", "w.safetensors"], "not a checkpoint"),
+    (["export", "absent"], "-o"),
+    (["report", "absent"], "no metrics.jsonl"),
+    (["data", "fetch", "enwik9"], "known: enwik8"),
+    (["data", "info", "absent"], "no such file"),
+    ([], "VERB"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", REFUSALS, ids=lambda x: " ".join(x)[-40:] if isinstance(x, list) else None)
+def test_refusals_are_one_sentence_and_status_2(tmp_path, arguments, words):
+    done = lss(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+ENVIRONMENTS = [
+    ({"RANK": "0"}, "WORLD_SIZE is not set"),
+    ({"RANK": "zero", "WORLD_SIZE": "1"}, "RANK='zero'"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no-such.invalid", "MASTER_PORT": "29511"}, "MASTER_ADDR=no-such"),
+]
+
+
+@pytest.mark.parametrize("variables, words", ENVIRONMENTS, ids=[words for _, words in ENVIRONMENTS])
+def test_wrong_environments_are_refused(tmp_path, variables, words):
+    done = lss("train", TINY, *SMALL, "train.steps=1", cwd=tmp_path, env=variables)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_busy_port_is_refused(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        done = lss("train", TINY, *SMALL, "train.steps=1", cwd=tmp_path, env=variables)
+    assert done.returncode == 2, done.stderr
+    assert "MASTER_PORT=" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_data_info_and_report(tmp_path):
+    (tmp_path / "text").write_text("to be or not to be " * 200)
+    done = lss("data", "info", "text", "--seq-len", "10", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "3,800" in done.stdout
+    command = ["train", TINY, *SMALL, "data.path=text", "data.seq_len=32", "train.steps=3", "train.eval_every=3"]
+    done = lss(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2].startswith("held-out: ")
+    assert done.stdout.splitlines()[-1] == "report: runs/tiny/report.html"
+    done = lss("report", "runs/tiny", "-o", "page.html", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "report: page.html"
+    # a finished run says so and changes nothing
+    done = lss(*command, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "is finished" in done.stdout
+
+
+def test_a_failing_rank_ends_the_run_with_its_status(tmp_path):
+    """A refusal that only ranks can see (a folder's earlier run) comes back as 2 through the launcher."""
+    arguments = ["train", TINY, *SMALL, "train.eval_every=0", "--out", "run"]
+    assert lss(*arguments, "train.steps=1", cwd=tmp_path).returncode == 0
+    done = lss(*arguments, "train.steps=2", "model.d_mlp=64", "--nproc", 2, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "holds a run made with 48" in done.stderr

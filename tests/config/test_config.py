@@ -1,0 +1,170 @@
+"""Reading configs: what is accepted, and one sentence for everything else."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lss.config import Config, Refused, load_config, markdown_table
+from lss.config.sections import SECTIONS, keys_of, known_keys
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "my.toml"
+    path.write_text(text)
+    return path
+
+
+def test_tiny_toml_says_the_defaults():
+    assert load_config(ROOT / "configs" / "tiny.toml") == load_config(None) == Config()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path):
+    config = load_config(path)
+    assert config.name == path.stem
+    assert config.resolved(1).parallel.cp == 1
+
+
+def test_file_then_overrides(tmp_path):
+    path = write(tmp_path, '[model]\npreset = "enwik8"\nn_layers = 3\n[train]\nsteps = 7\n')
+    config = load_config(path, ["train.steps=9", "data.path=some/where", "optim.lr=1", "train.dtype=bf16"])
+    assert config.name == "my"
+    assert (config.model.d_model, config.model.n_layers, config.model.positions) == (512, 3, "learned")
+    assert (config.train.steps, config.data.path, config.optim.lr) == (9, "some/where", 1.0)
+    assert config.train.dtype == "bfloat16"
+
+
+def test_round_trip():
+    config = load_config(None, ["model.preset=llama-3.1-8b", "parallel.dp=2"])
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_preset_shapes():
+    shapes = {
+        "enwik8": (12, 512, 8, 8, 2048, 256),
+        "llama-3.2-1b": (16, 2048, 32, 8, 8192, 128256),
+        "llama-3.1-8b": (32, 4096, 32, 8, 14336, 128256),
+    }
+    for preset, shape in shapes.items():
+        m = load_config(None, [f"model.preset={preset}"]).model
+        assert (m.n_layers, m.d_model, m.n_heads, m.n_kv_heads, m.d_mlp, m.vocab_size) == shape
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("optim.lrr=1", "optim.lrr: unknown key; nearest is optim.lr."),
+        ("trian.steps=1", "nearest is train.steps"),
+        ("steps=1", "section.key=value"),
+        ("train.steps", "section.key=value"),
+        ("train.steps=0", "train.steps=0"),
+        ("train.steps=1.5", "whole number"),
+        ("train.steps=true", "train.steps=true"),
+        ("train.steps=99999999999999999999", "at most"),
+        ("train.steps=many", "train.steps='many'"),
+        ("optim.lr=nan", "optim.lr=nan"),
+        ("optim.lr=inf", "optim.lr=inf"),
+        ("optim.lr=-1", "0 or more"),
+        ("optim.name=adam", '"adamw" or "sgd"'),
+        ("model.dropout=1.0", "0 to 0.99"),
+        ("model.n_heads=7", "must divide model.d_model=128; use 4 or 8"),
+        ("model.n_kv_heads=3", "must divide model.n_heads=8"),
+        ("model.vocab_size=100", "256 or more"),
+        ("model.preset=huge", '"llama-3.2-1b"'),
+        ("model.hf=gpt2", "Hugging Face"),
+        ("model.tie_embeddings=1", "false or true"),
+        ("parallel.order=balanced", "not supported in this version"),
+        ("parallel.fsdp=true", "parallel.fsdp=true: not supported"),
+        ("parallel.head_chunks=5", "model.n_kv_heads=4"),
+        ("parallel.cp=0", "parallel.cp=0"),
+        ("memory.offload=cpu", "not supported in this version"),
+        ("train.compile=true", "not supported in this version"),
+        ("train.batch_size=7 train.accumulate=2", "use 6 or 8"),
+        ("parallel.strategy=ring parallel.head_chunks=2", "parallel.head_chunks=2"),
+        ("data.held_out=0.9", "to 0.5"),
+        ("data.seq_len=-5", "1 or more"),
+    ],
+)
+def test_wrong_values_are_refused_in_one_sentence(override, words):
+    with pytest.raises(Refused) as refusal:
+        load_config(None, override.split())
+    text = str(refusal.value)
+    assert words in text
+    assert text.endswith(".")
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[model\n", "not valid TOML"),
+        ("[train]\nsteps = \n", "line 2"),
+        ("[trains]\nsteps = 1\n", "trains: unknown section; nearest is train."),
+        ("[train]\nstep = 1\n", "train.step: unknown key; nearest is train.steps."),
+        ("train = 3\n", "it is a section"),
+        ("[train]\nsteps = [1]\n", "train.steps=[1]"),
+        ("[train.steps]\nx = 1\n", "train.steps"),
+        ("[data]\nseq_len = 2000-01-01\n", "data.seq_len=2000-01-01"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, text, words):
+    with pytest.raises(Refused) as refusal:
+        load_config(write(tmp_path, text))
+    assert words in str(refusal.value)
+
+
+def test_files_that_are_none(tmp_path):
+    for path in (tmp_path / "absent.toml", tmp_path):
+        with pytest.raises(Refused, match="cannot be read"):
+            load_config(path)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Refused, match="not valid TOML"):
+        load_config(tmp_path / "binary.toml")
+
+
+@pytest.mark.parametrize("key", known_keys())
+@pytest.mark.parametrize("value", ["[]", "{}", "-1", "1e400", '"no such thing"', "''"])
+def test_every_key_takes_nonsense_in_words(key, value):
+    """Any value is either accepted as what the key may be, or refused by the key's name."""
+    section, name = key.split(".")
+    refusals = []
+    try:
+        found = load_config(None, [f"{key}={value}"]).to_dict()[section][name]
+    except Refused as refusal:
+        refusals.append(str(refusal))
+    if refusals:
+        assert refusals[0].startswith(key)
+    else:
+        assert keys_of(section)[name].check(key, found) == found
+
+
+@given(st.text(max_size=30))
+def test_no_override_raises_anything_but_a_refusal(text):
+    with contextlib.suppress(Refused):
+        assert isinstance(load_config(None, [text]), Config)
+
+
+def test_resolving_the_mesh():
+    assert load_config(None).resolved(4).parallel.cp == 4
+    assert load_config(None, ["parallel.dp=2"]).resolved(4).parallel.cp == 2
+    for overrides, ranks, words in (
+        (["parallel.cp=3"], 4, "needs 3 ranks and 4 are planned"),
+        (["parallel.cp=2", "parallel.dp=2"], 2, "needs 4 ranks and 2 are planned"),
+        (["parallel.dp=2"], 3, "parallel.dp=2: must divide the number of ranks, which is 3"),
+        (["parallel.strategy=tp"], 3, "model.n_heads=8"),
+    ):
+        with pytest.raises(Refused, match=words):
+            load_config(None, overrides).resolved(ranks)
+
+
+def test_documented_keys_are_the_keys():
+    assert (ROOT / "docs" / "config.md").read_text().split("<!-- table -->\n")[1] == markdown_table() + "\n"
+    assert len(known_keys()) == sum(len(keys_of(section)) for section in SECTIONS)

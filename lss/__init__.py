@@ -6,8 +6,8 @@ fused all-gather a layer and returns their gradients with one fused reduce-scatt
 
 from lss.config.errors import Refused
 from lss.context_parallel import attention, cross_entropy, make_segment, shard, unshard
-from lss.mesh import init_mesh
-from lss.parallel import clip_grad_norm_, parallelize
+from lss.mesh import init_mesh, world_size
+from lss.parallel import clip_grad_norm_, parallelize, sum_gradients
 
 __version__ = "0.1.0"
 
@@ -20,5 +20,7 @@ __all__ = [
     "make_segment",
     "parallelize",
     "shard",
+    "sum_gradients",
     "unshard",
+    "world_size",
 ]

@@ -128,7 +128,8 @@ def _init_process_group(device_type: str | None, timeout: timedelta) -> str:
         socket.getaddrinfo(environment.address, None)
     except OSError as error:
         # torch would ask again until its timeout, minutes later
-        raise refuse("MASTER_ADDR", environment.address, f"no such host ({error.strerror}); name the host of rank 0") from None
+        fit = f"no such host ({error.strerror}); name the host of rank 0"
+        raise refuse("MASTER_ADDR", environment.address, fit) from None
     if device_type == "cuda":
         torch.cuda.set_device(environment.local_rank)
     if environment.address in ("127.0.0.1", "localhost"):

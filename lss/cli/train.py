@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from lss.cli.main import split_config
@@ -50,6 +51,8 @@ def _train(config: Config, out: Path) -> int:
 
     share_cores()
     if config.train.deterministic:
+        # cuBLAS is deterministic only with a fixed workspace, which it reads when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     assert isinstance(config.parallel.cp, int)
     mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp)

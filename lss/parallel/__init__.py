@@ -1,5 +1,6 @@
 """Laying a model out over the mesh, and summing its gradients."""
 
+from lss.parallel.grad_sync import sum_gradients
 from lss.parallel.parallelize import Layout, clip_grad_norm_, full_state_dict, layout_of, parallelize
 
-__all__ = ["Layout", "clip_grad_norm_", "full_state_dict", "layout_of", "parallelize"]
+__all__ = ["Layout", "clip_grad_norm_", "full_state_dict", "layout_of", "parallelize", "sum_gradients"]

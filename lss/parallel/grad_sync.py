@@ -8,14 +8,16 @@ axis (position rows, tensor-parallel weights) only over dp.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm import Communicator, Pending
+from lss.mesh import axis_group
 
 # Large enough to keep a link busy, small enough that the first leaves long before backward ends.
 BUCKET_BYTES = 25 << 20
@@ -41,16 +43,18 @@ class GradSync:
     Args:
         groups: (parameters, group to sum over), the parameters in the order of the model. Buckets are filled from the
             last parameter to the first, which is the order gradients arrive in, and leave in that order on every rank.
+        bucket_bytes: size from which on a bucket is closed.
 
     Collectives: one all-reduce per bucket and backward pass of its elements plus one flag per parameter; in float32
     for half precision gradients. A group of one rank costs nothing.
     """
 
-    def __init__(self, groups: Sequence[tuple[Sequence[nn.Parameter], Communicator]]) -> None:
-        self._buckets: list[_Bucket] = []
-        for parameters, comm in groups:
-            if comm.size > 1:
-                self._fill(parameters, comm)
+    def __init__(
+        self, groups: Sequence[tuple[Sequence[nn.Parameter], Communicator]], bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        self._buckets = [
+            bucket for parameters, comm in groups if comm.size > 1 for bucket in _fill(parameters, comm, bucket_bytes)
+        ]
         self._bucket_of = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
         self._paused = False
         self._next = 0
@@ -59,18 +63,6 @@ class GradSync:
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._arrived)
-
-    def _fill(self, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
-        open_buckets: dict[tuple[torch.dtype, torch.device], tuple[_Bucket, int]] = {}
-        for parameter in reversed([p for p in parameters if p.requires_grad]):
-            key = (parameter.dtype, parameter.device)
-            size = parameter.numel() * parameter.element_size()
-            bucket, filled = open_buckets.get(key, (None, 0))
-            if bucket is None or filled + size > BUCKET_BYTES:
-                bucket, filled = _Bucket(comm), 0
-                self._buckets.append(bucket)
-            bucket.parameters.append(parameter)
-            open_buckets[key] = (bucket, filled + size)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -121,6 +113,42 @@ class GradSync:
             for p in bucket.parameters:
                 if p.grad is not None:
                     self._synced[id(p)] = (weakref.ref(p.grad), p.grad._version)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Sum every parameter's gradient over all ranks of the mesh, in place, after backward.
+
+    For a model of one's own that calls `lss.attention` and `lss.cross_entropy`; `lss.parallelize` does it by itself,
+    and while backward runs. Torch's DistributedDataParallel would divide by the number of ranks, which is wrong here:
+    `lss.cross_entropy` has divided by the global count already.
+
+    Collectives: all-reduces over dp x cp, in buckets; float32 for half precision gradients.
+    """
+    comm = Communicator(axis_group(mesh, ("dp", "cp")))
+    if comm.size == 1:
+        return
+    buckets = _fill(list(parameters), comm, BUCKET_BYTES)
+    for bucket in buckets:
+        bucket.pending = comm.all_reduce(_pack(bucket), "gradients")
+    for bucket in buckets:
+        assert bucket.pending is not None
+        _unpack(bucket, bucket.pending.wait())
+
+
+def _fill(parameters: Sequence[nn.Parameter], comm: Communicator, bucket_bytes: int) -> list[_Bucket]:
+    """Buckets of one dtype and device each, from the last parameter to the first."""
+    buckets: list[_Bucket] = []
+    open_buckets: dict[tuple[torch.dtype, torch.device], tuple[_Bucket, int]] = {}
+    for parameter in reversed([p for p in parameters if p.requires_grad]):
+        key = (parameter.dtype, parameter.device)
+        size = parameter.numel() * parameter.element_size()
+        bucket, filled = open_buckets.get(key, (None, 0))
+        if bucket is None or filled + size > bucket_bytes:
+            bucket, filled = _Bucket(comm), 0
+            buckets.append(bucket)
+        bucket.parameters.append(parameter)
+        open_buckets[key] = (bucket, filled + size)
+    return buckets
 
 
 def _pack(bucket: _Bucket) -> torch.Tensor:

@@ -63,8 +63,8 @@ def parallelize(
         Refused: an option or a model that would not be laid out exactly.
     """
     if not isinstance(model, Transformer):
-        raise refuse("model", type(model).__name__, "this version lays out lss.model.Transformer; in a model of your own "
-                     "call lss.shard, lss.attention and lss.cross_entropy")  # fmt: skip
+        fit = "this version lays out lss.model.Transformer; in a model of your own call lss.shard, lss.attention, "
+        raise refuse("model", type(model).__name__, f"{fit}lss.cross_entropy and lss.sum_gradients")
     if fsdp:
         raise refuse("fsdp", fsdp, "sharded parameters are not supported in this version; use False")
     if offload not in (None, "none"):

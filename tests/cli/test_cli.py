@@ -91,7 +91,7 @@ def launchers(port):
     names = {
         "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
         "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE"),
-        "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        "mpirun": tuple(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     }
     for launcher, keys in names.items():
         meet = {"MASTER_PORT": str(port)} | ({"MASTER_ADDR": "127.0.0.1"} if launcher == "torchrun" else {})
@@ -103,9 +103,14 @@ def test_ranks_of_any_launcher_meet(tmp_path, launcher):
     variables = dict(launchers(free_port()))[launcher]
     arguments = ["train", TINY, *SMALL, "train.steps=2", "train.eval_every=0", "--out", str(tmp_path / "run")]
     ranks = [
-        subprocess.Popen([sys.executable, "-m", "lss", *arguments], cwd=tmp_path, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True,
-                         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables[rank])  # fmt: skip
+        subprocess.Popen(
+            [sys.executable, "-m", "lss", *arguments],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables[rank],
+        )
         for rank in (0, 1)
     ]
     outputs = [rank.communicate(timeout=120) for rank in ranks]

@@ -27,3 +27,11 @@ def test_own_model_is_the_same_on_one_rank_and_on_three():
     assert len(alone) == 3
     assert alone[-1] < alone[0] - 0.5
     assert three == pytest.approx(alone, abs=2e-5)
+
+
+def test_the_readmes_python_runs():
+    code = (ROOT / "README.md").read_text().split("<!-- ten lines -->\n```python\n")[1].split("```")[0]
+    report = "print(sum(p.grad.double().square().sum() for p in model.parameters()).item())\n"
+    one = output([sys.executable, "-c", code + report])
+    assert len(one) == 1
+    assert one[0] > 0

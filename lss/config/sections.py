@@ -42,7 +42,7 @@ class Key:
             value = float(min(value, LARGEST * LARGEST))
         if type(value) is not self.kind or (self.kind is str and self.choices):
             raise refuse(name, _show(value), f"use {self.describe()}")
-        if self.kind in (int, float) and not (math.isfinite(value) and self.low <= value <= self.high):
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and self.low <= value <= self.high):
             bound = f" (at most {LARGEST})" if value > LARGEST else ""
             raise refuse(name, _show(value), f"use {self.describe()}{bound}")
         return value

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 _cudnn_forward = aten._scaled_dot_product_cudnn_attention
 _cudnn_backward = aten._scaled_dot_product_cudnn_attention_backward
 
-Tensors = tuple[torch.Tensor, ...]
+Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def cpu_forward(q, k, v, *, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,10 +29,10 @@ def cpu_forward(q, k, v, *, causal: bool, scale: float) -> tuple[torch.Tensor, t
     return out.to(dtype), lse
 
 
-def cpu_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Tensors:
+def cpu_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Grads:
     """Backward by the CPU flash operator from the global out and lse; float32 for half precision inputs."""
-    tensors = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (dout, q, k, v, out))
-    return _split_backward(_cpu_grad, *tensors, lse, causal, scale)
+    dout, q, k, v, out = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (dout, q, k, v, out))
+    return _split_backward(_cpu_grad, dout, q, k, v, out, lse, causal, scale)
 
 
 def flash_forward(q, k, v, *, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +43,7 @@ def flash_forward(q, k, v, *, causal: bool, scale: float) -> tuple[torch.Tensor,
     return out, lse
 
 
-def flash_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Tensors:
+def flash_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Grads:
     """Backward by torch's CUDA flash operator from the global out and lse; gradients in q's dtype."""
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # dropout's random state, read only where there is dropout
     return aten._flash_attention_backward(
@@ -59,7 +59,7 @@ def cudnn_forward(q, k, v, *, causal: bool, scale: float) -> tuple[torch.Tensor,
     return out.to(q.dtype), lse
 
 
-def cudnn_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Tensors:
+def cudnn_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Grads:
     """Backward by cuDNN from the global out and lse; gradients in q's dtype, float32 where a rectangle was split."""
     if q.shape[1] == k.shape[1] == 1:
         return flash_backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
@@ -69,7 +69,7 @@ def cudnn_backward(dout, q, k, v, out, lse, *, causal: bool, scale: float) -> Te
 # -- one square or unmasked call of each operator, in its own layout ---------------------------------------------------
 
 
-def _heads_first(*tensors: torch.Tensor) -> Tensors:
+def _heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.transpose(1, 2) for x in tensors)
 
 
@@ -78,11 +78,12 @@ def _cpu_call(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.
     return out.transpose(1, 2), lse
 
 
-def _cpu_grad(dout, q, k, v, out, lse, causal: bool, scale: float) -> Tensors:
+def _cpu_grad(dout, q, k, v, out, lse, causal: bool, scale: float) -> Grads:
     grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *_heads_first(dout, q, k, v, out), lse, 0.0, causal, scale=scale
     )
-    return _heads_first(*grads)
+    dq, dk, dv = _heads_first(*grads)
+    return dq, dk, dv
 
 
 def _cudnn_call(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,13 +91,14 @@ def _cudnn_call(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torc
     return out.transpose(1, 2), lse.reshape(lse.shape[:3])
 
 
-def _cudnn_grad(dout, q, k, v, out, lse, causal: bool, scale: float) -> Tensors:
+def _cudnn_grad(dout, q, k, v, out, lse, causal: bool, scale: float) -> Grads:
     unused = torch.zeros(1, dtype=torch.int64, device=q.device)  # seed and offset of a dropout that is off
     lengths = (None, None, q.shape[1], k.shape[1])
     grads = _cudnn_backward(
         *_heads_first(dout, q, k, v, out), lse.unsqueeze(-1), unused, unused, None, *lengths, 0.0, causal, scale=scale
     )
-    return _heads_first(*grads)
+    dq, dk, dv = _heads_first(*grads)
+    return dq, dk, dv
 
 
 # -- bottom-right alignment out of top-left operators ------------------------------------------------------------------
@@ -116,7 +118,7 @@ def _split_forward(call: Callable, q, k, v, causal: bool, scale: float) -> tuple
     return merge(*seen, *diagonal)
 
 
-def _split_backward(grad: Callable, dout, q, k, v, out, lse, causal: bool, scale: float) -> Tensors:
+def _split_backward(grad: Callable, dout, q, k, v, out, lse, causal: bool, scale: float) -> Grads:
     past = k.shape[1] - q.shape[1]
     if not _needs_split(q, causal, past):
         return grad(dout, q, k, v, out, lse, causal and past == 0, scale)

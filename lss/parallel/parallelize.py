@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -73,8 +74,9 @@ def parallelize(
         raise Refused("This model has been parallelized already; make a new one for another layout.")
     layout = Layout(model, mesh, strategy, order, AttentionOptions(
         strategy, True, None, head_chunks, regather, kernel), checkpointing, precut)  # fmt: skip
-    model.parallel = layout
-    model.no_sync = layout.no_sync
+    # plain attributes: they hold no parameters, and are no modules
+    object.__setattr__(model, "parallel", layout)
+    object.__setattr__(model, "no_sync", layout.no_sync)
     model.register_forward_pre_hook(layout.prepare_inputs, with_kwargs=True)
     return model
 
@@ -161,20 +163,18 @@ class Layout:
 
     def ops(self, segment: Segment) -> ModelOps:
         """The model's operations for sequences cut like this one."""
-        loss = partial(_loss, comm=self.all)
-        rows = {"position_rows": _local_rows} if self._rows is not None else {}
+        ops = ModelOps(loss=partial(_loss, comm=self.all), block=self._run_block)
+        if self._rows is not None:
+            ops = replace(ops, position_rows=_local_rows)
         if self.strategy == "tp":
-            return ModelOps(
+            return replace(
+                ops,
                 attention=partial(tp.whole_sequence_attention, segment=segment, kernel=self.options.kernel),
-                loss=loss,
                 positions=lambda positions: tp.gathered_positions(segment).to(positions.device),
                 enter=partial(tp.enter, comm=self.cp),
                 leave=partial(tp.leave, comm=self.cp),
-                block=self._run_block,
-                **rows,
             )
-        attention = partial(attend, segment=segment, comm=self.cp, options=self.options)
-        return ModelOps(attention=attention, loss=loss, block=self._run_block, **rows)
+        return replace(ops, attention=partial(attend, segment=segment, comm=self.cp, options=self.options))
 
     # -- parameters --------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from lss.config.errors import Refused
 
@@ -44,7 +45,7 @@ def line_plot(curves: Sequence[Curve], y_label: str, *, x_label: str = "step", m
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "lss", "font.size": 9, "font.family": "sans-serif",
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "lss", "font.size": 9, "font.family": "sans-serif",
              "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
              "axes.edgecolor": _INK, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
     with matplotlib.rc_context(style):

@@ -62,7 +62,7 @@ def accumulate_gradients(
     loss = torch.zeros(())
     for number, batch in enumerate(batches):
         last = number + 1 == len(batches)
-        with nullcontext() if last else model.no_sync():
+        with nullcontext() if last else layout_of(model).no_sync():
             part = forward_loss(model, batch, max(count, 1), seq_len, dtype, fold(seed, step))
             part.backward()
         loss = loss + part.detach().double().cpu()

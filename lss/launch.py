@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import uuid
@@ -34,6 +35,8 @@ def launch_local(nproc: int, arguments: Sequence[str]) -> int:
         max_restarts=0,
     )
     _share_cores(nproc)
+    # the ranks have said what went wrong; the launcher's own account of exit codes would bury it
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-m", "lss", *arguments)
     except ChildFailedError as error:

@@ -11,7 +11,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 
-from lss.config.errors import Refused, refuse
+from lss.config.errors import Failed, Refused, refuse
 
 VERBS = ("train", "check", "data", "export", "report")
 
@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as refusal:
         print(f"lss: {refusal}", file=sys.stderr)
         return 2
+    except Failed as failure:
+        print(f"lss: {failure}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

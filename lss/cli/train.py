@@ -30,7 +30,9 @@ def _refuse_early(config: Config, out: Path) -> None:
     from lss.data.loader import EvalLoader, Loader
     from lss.data.sources import ByteCorpus
     from lss.segment import make_segment
+    from lss.train.trainer import find_resumable
 
+    find_resumable(config, out)
     if out.exists() and not out.is_dir():
         raise refuse("--out", out, "a file of this name is there; give a folder")
     train, parallel = config.train, config.parallel

@@ -1,7 +1,7 @@
 """Settings: one table of keys, read from TOML and overrides, refused in one sentence where they do not fit."""
 
 from lss.config.config import Config, load_config
-from lss.config.errors import Refused, refuse
+from lss.config.errors import Failed, Refused, refuse
 from lss.config.presets import PRESETS
 from lss.config.sections import (
     CheckpointConfig,
@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "Failed",
     "MemoryConfig",
     "ModelConfig",
     "OptimConfig",

@@ -15,6 +15,10 @@ class Refused(ValueError):
     """
 
 
+class Failed(RuntimeError):
+    """A run that cannot go on through no fault of its input; its text is one sentence, the exit status 1."""
+
+
 def refuse(setting: str, value: object, fit: str) -> Refused:
     """Build the refusal `setting=value: fit`.
 

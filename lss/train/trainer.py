@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lss.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from lss.config import Config
-from lss.config.errors import refuse
+from lss.config.errors import Failed, refuse
 from lss.data.loader import EvalLoader, Loader
 from lss.data.sources import ByteCorpus
 from lss.flops import model_flops, peak_flops
@@ -57,6 +57,26 @@ def matrix_parameters(model: Transformer) -> int:
     """Parameters of the plain model that stand in matrix products: all matrices but look-up tables."""
     total = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and "position_table" not in name)
     return total if model.lm_head is None else total - model.embedding.weight.numel()
+
+
+def find_resumable(config: Config, out: Path) -> Path | None:
+    """The checkpoint that a run of this config in this folder goes on from; None where there is none.
+
+    Raises:
+        Refused: the folder holds a run of another model or other data, or resuming is switched off.
+    """
+    newest = find_checkpoint(out / "checkpoints")
+    if newest is None:
+        return None
+    if config.checkpoint.resume == "never":
+        raise refuse("checkpoint.resume", "never", f"{out} holds a run already; choose another --out or 'auto'")
+    earlier, now = read_state(newest).get("config", {}), config.to_dict()
+    for section in ("model", "data"):
+        for key, value in now[section].items():
+            before = earlier.get(section, {}).get(key)
+            if before != value:
+                raise refuse(f"{section}.{key}", value, f"{out} holds a run made with {before}; choose another --out")
+    return newest
 
 
 class Trainer:
@@ -112,19 +132,8 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the folder's newest checkpoint, if there is one; returns its step, else 0."""
-        newest = find_checkpoint(self.out / "checkpoints")
-        if newest is None:
-            return 0
-        if self.config.checkpoint.resume == "never":
-            raise refuse("checkpoint.resume", "never", f"{self.out} holds a run already; choose another --out or 'auto'")
-        earlier, now = read_state(newest).get("config", {}), self.config.to_dict()
-        for section in ("model", "data"):
-            for key, value in now[section].items():
-                before = earlier.get(section, {}).get(key)
-                if before != value:
-                    fit = f"{self.out} holds a run made with {before}; choose another --out"
-                    raise refuse(f"{section}.{key}", value, fit)
-        return load_checkpoint(newest, self.model, self.optimizer, self.layout)
+        newest = find_resumable(self.config, self.out)
+        return 0 if newest is None else load_checkpoint(newest, self.model, self.optimizer, self.layout)
 
     def facts(self) -> dict[str, Any]:
         """What a report or a checkpoint tells of this run besides its metrics."""
@@ -206,7 +215,7 @@ class Trainer:
     def _count_bad_step(self, step: int) -> None:
         self.bad_steps += 1
         if self.bad_steps >= MAX_BAD_STEPS:
-            raise RuntimeError(
+            raise Failed(
                 f"loss or gradient was not finite in {MAX_BAD_STEPS} steps in a row, up to step {step}; "
                 "lower optim.lr or set optim.clip."
             )

@@ -199,10 +199,21 @@ def test_data_info_and_report(tmp_path):
     assert "is finished" in done.stdout
 
 
-def test_a_failing_rank_ends_the_run_with_its_status(tmp_path):
-    """A refusal that only ranks can see (a folder's earlier run) comes back as 2 through the launcher."""
+def test_a_run_that_diverges_ends_with_1_and_says_what_to_do(tmp_path):
+    settings = ["optim.name=sgd", "optim.lr=1e12", "optim.clip=0", "train.eval_every=0", "train.steps=50"]
+    done = lss("train", TINY, *SMALL, *settings, "--nproc", 2, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "not finite in 10 steps in a row" in done.stderr
+    assert "Traceback" not in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] is None
+    assert len(rows) < 20
+
+
+def test_another_run_in_the_folder_is_refused_once(tmp_path):
     arguments = ["train", TINY, *SMALL, "train.eval_every=0", "--out", "run"]
     assert lss(*arguments, "train.steps=1", cwd=tmp_path).returncode == 0
     done = lss(*arguments, "train.steps=2", "model.d_mlp=64", "--nproc", 2, cwd=tmp_path)
     assert done.returncode == 2
     assert "holds a run made with 48" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

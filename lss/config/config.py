@@ -25,6 +25,7 @@ from lss.config.sections import (
     known_keys,
     nearest,
     refuse_mismatch,
+    show,
 )
 
 LARGEST_FILE = 1 << 20  # bytes; a config is a page of text
@@ -50,11 +51,13 @@ class Config:
     @staticmethod
     def from_dict(values: Mapping[str, Mapping[str, Any]], name: str = "tiny") -> Config:
         """The inverse of `to_dict`; sections and keys may be missing, unknown ones are refused."""
+        if not isinstance(values, Mapping):
+            raise refuse("config", show(values), "give sections, each with its keys, as `to_dict` does")
         for section, entries in values.items():
             if section not in SECTIONS:
-                raise _unknown(section, list(SECTIONS), "section")
+                raise _unknown(str(section), list(SECTIONS), "section")
             if not isinstance(entries, Mapping):
-                raise refuse(section, repr(entries), f"it is a section; write [{section}] and its keys below")
+                raise refuse(section, show(entries), f"it is a section; write [{section}] and its keys below")
             for key in entries:
                 if key not in keys_of(section):
                     raise _unknown(f"{section}.{key}", known_keys(), "key")
@@ -63,27 +66,38 @@ class Config:
         config.validate()
         return config
 
-    def validate(self) -> None:
-        """Refuse values that do not fit together."""
+    def validate(self, world_size: int | None = None) -> None:
+        """Refuse values that do not fit together, nor `world_size` ranks where that number is known.
+
+        Raises:
+            Refused: naming the key, its value and the nearest values that fit.
+        """
         refuse_mismatch(self.model)
         model, parallel, train = self.model, self.parallel, self.train
         if self.data.source == "bytes" and model.vocab_size < 256:
-            raise refuse("model.vocab_size", model.vocab_size, "data.source=\"bytes\" has ids up to 255; use 256 or more")
-        if isinstance(parallel.head_chunks, int):
-            if parallel.head_chunks > model.n_kv_heads:
-                raise refuse("parallel.head_chunks", parallel.head_chunks, f"model.n_kv_heads={model.n_kv_heads} bounds it; "
-                             f"use \"auto\" or 1 to {model.n_kv_heads}")  # fmt: skip
-            if parallel.head_chunks > 1 and parallel.strategy != "lss":
-                raise refuse("parallel.head_chunks", parallel.head_chunks, "only parallel.strategy=\"lss\" gathers by head "
-                             f"chunks; with \"{parallel.strategy}\" use \"auto\" or 1")  # fmt: skip
+            fit = 'data.source="bytes" has ids up to 255; use 256 or more'
+            raise refuse("model.vocab_size", model.vocab_size, fit)
+        self._validate_head_chunks()
         share = parallel.dp * train.accumulate
         if train.batch_size % share:
             low = train.batch_size // share * share
-            fit = f"{low} or {low + share}" if low else f"{share}"
-            raise refuse("train.batch_size", train.batch_size, f"must be a multiple of parallel.dp={parallel.dp} x "
-                         f"train.accumulate={train.accumulate}; use {fit}")  # fmt: skip
-        if isinstance(parallel.cp, int):
-            self._validate_tensor_parallel(parallel.cp)
+            near = f"{low} or {low + share}" if low else f"{share}"
+            fit = f"must be a multiple of parallel.dp={parallel.dp} x train.accumulate={train.accumulate}; use {near}"
+            raise refuse("train.batch_size", train.batch_size, fit)
+        cp = parallel.cp if world_size is None else self._cp_of(world_size)
+        if isinstance(cp, int):
+            self._validate_tensor_parallel(cp)
+
+    def _validate_head_chunks(self) -> None:
+        chunks, kv_heads, strategy = self.parallel.head_chunks, self.model.n_kv_heads, self.parallel.strategy
+        if not isinstance(chunks, int):
+            return
+        if chunks > kv_heads:
+            fit = f'model.n_kv_heads={kv_heads} bounds it; use "auto" or 1 to {kv_heads}'
+            raise refuse("parallel.head_chunks", chunks, fit)
+        if chunks > 1 and strategy != "lss":
+            fit = f'only parallel.strategy="lss" gathers by head chunks; with "{strategy}" use "auto" or 1'
+            raise refuse("parallel.head_chunks", chunks, fit)
 
     def _validate_tensor_parallel(self, cp: int) -> None:
         if self.parallel.strategy != "tp":
@@ -91,24 +105,36 @@ class Config:
         for key in ("n_heads", "n_kv_heads", "d_mlp"):
             value = getattr(self.model, key)
             if value % cp:
-                fit = f"parallel.strategy=\"tp\" cuts it over parallel.cp={cp} ranks, which must divide it; "
-                raise refuse(f"model.{key}", value, f"{fit}{nearest(value, cp)} ranks, or strategy \"lss\"")
+                fit = f'parallel.strategy="tp" cuts it over parallel.cp={cp} ranks, which must divide it; '
+                raise refuse(f"model.{key}", value, f'{fit}{nearest(value, cp)} ranks, or strategy "lss"')
 
-    def resolved(self, ranks: int) -> Config:
-        """This config for a run of `ranks`: cp a number, and cp x dp the number of ranks."""
+    def _cp_of(self, world_size: int) -> int:
+        """Ranks per sequence in a run of `world_size`; refuses a number that cp x dp does not make."""
         cp, dp = self.parallel.cp, self.parallel.dp
-        if cp == "auto":
-            if ranks % dp:
-                raise refuse("parallel.dp", dp, f"must divide the number of ranks, which is {ranks}; {nearest(ranks, dp)}")
-            cp = ranks // dp
-        assert isinstance(cp, int)
-        if cp * dp != ranks:
-            are = "is" if ranks == 1 else "are"
-            raise refuse("parallel.cp", cp, f"with parallel.dp={dp} this needs {cp * dp} ranks and {ranks} {are} planned; "
-                         f"start {cp * dp} (--nproc {cp * dp}) or choose cp x dp = {ranks}")  # fmt: skip
-        config = replace(self, parallel=replace(self.parallel, cp=cp))
-        config.validate()
-        return config
+        if world_size < 1:
+            raise refuse("world_size", world_size, "a run has 1 rank or more")
+        if not isinstance(cp, int):
+            if world_size % dp:
+                fit = f"must divide the number of ranks, which is {world_size}; {nearest(world_size, dp)}"
+                raise refuse("parallel.dp", dp, fit)
+            return world_size // dp
+        if cp * dp != world_size:
+            are = "is" if world_size == 1 else "are"
+            fit = (
+                f"with parallel.dp={dp} this needs {cp * dp} ranks and {world_size} {are} planned; "
+                f"start {cp * dp} (--nproc {cp * dp}) or choose cp x dp = {world_size}"
+            )
+            raise refuse("parallel.cp", cp, fit)
+        return cp
+
+    def resolved(self, world_size: int) -> Config:
+        """This config for a run of `world_size` ranks: parallel.cp a number, and cp x dp = world_size.
+
+        Raises:
+            Refused: cp x dp is another number, or the strategy cannot cut this model over cp ranks.
+        """
+        self.validate(world_size)
+        return replace(self, parallel=replace(self.parallel, cp=self._cp_of(world_size)))
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -124,12 +150,12 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         name, equals, text = override.partition("=")
         section, dot, key = name.strip().partition(".")
         if not equals or not dot:
-            raise refuse("override", repr(override), "write section.key=value, optim.lr=1e-3 for one")
+            raise refuse("override", show(override), "write section.key=value, optim.lr=1e-3 for one")
         if section not in SECTIONS or key not in keys_of(section):
             raise _unknown(name.strip(), known_keys(), "key")
         entries = values.setdefault(section, {})
         if not isinstance(entries, dict):
-            raise refuse(section, repr(entries), f"it is a section; write [{section}] and its keys below")
+            raise refuse(section, show(entries), f"it is a section; write [{section}] and its keys below")
         entries[key] = _value(text.strip())
     return Config.from_dict(values, Path(path).stem if path is not None else "tiny")
 
@@ -138,21 +164,42 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if path.is_file() and path.stat().st_size > LARGEST_FILE:
             raise refuse("CONFIG", path, f"too large for a config ({path.stat().st_size} bytes); give a TOML file")
-        return tomllib.loads(path.read_bytes().decode())
+        text = path.read_bytes().decode("utf-8-sig")  # editors on Windows put a byte order mark in front
     except OSError as error:
         fit = f"cannot be read ({error.strerror}); give a TOML file such as configs/tiny.toml"
-        raise refuse("CONFIG", path, fit) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise refuse("CONFIG", path, f"not valid TOML ({str(error).rstrip('.')})") from None
+        raise refuse("CONFIG", show(str(path), quote=False), fit) from None
+    except UnicodeDecodeError as error:
+        raise refuse("CONFIG", path, f"not a TOML file (byte {error.start} is not UTF-8 text)") from None
+    except ValueError:  # what the system says of a NUL in a name
+        raise refuse("CONFIG", show(str(path)), "not the name of a file; give a TOML file") from None
+    try:
+        return _parse(text)
+    except tomllib.TOMLDecodeError as error:
+        last = max(1, len(text.splitlines()))
+        place = str(error).rstrip(".").replace("(at end of document)", f"(at line {last}, the end of the file)")
+        raise refuse("CONFIG", path, f"not valid TOML: {place}") from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """`tomllib.loads`, which raises other errors for numbers of thousands of digits and brackets nested as deep."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        what = "brackets nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
+        raise tomllib.TOMLDecodeError(what) from None
 
 
 def _value(text: str) -> Any:
+    if "\n" in text:  # would be a second line of TOML, not a value
+        return text
     try:
-        return tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
-    except (tomllib.TOMLDecodeError, ValueError):
+        return _parse(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
         return text
 
 
 def _unknown(name: str, known: Sequence[str], what: str) -> Refused:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return Refused(f"{name}: unknown {what}; nearest is {near[0]}.")
+    near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.0)
+    return Refused(f"{show(name, quote=not name.isprintable())}: unknown {what}; nearest is {near[0]}.")

@@ -33,19 +33,25 @@ class Key:
     later: tuple[Any, ...] = ()
 
     def check(self, name: str, value: Any) -> Any:
-        """The value in its type, or a refusal."""
+        """The value in its type (a whole number may stand for a float), or a refusal that says what fits."""
         if type(value) is str and value in self.choices:
             return value
         if value in self.later and type(value) in (str, bool):
-            raise refuse(name, _show(value), f"not supported in this version; use {self.describe()}")
-        if self.kind is float and type(value) is int:
-            value = float(min(value, LARGEST * LARGEST))
-        if type(value) is not self.kind or (self.kind is str and self.choices):
-            raise refuse(name, _show(value), f"use {self.describe()}")
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and self.low <= value <= self.high):
-            bound = f" (at most {LARGEST})" if value > LARGEST else ""
-            raise refuse(name, _show(value), f"use {self.describe()}{bound}")
-        return value
+            raise refuse(name, show(value), f"not supported in this version; use {self.describe()}")
+        number = type(value) is self.kind or (self.kind is float and type(value) is int)
+        if not number or (self.kind is str and self.choices):
+            raise refuse(name, show(value), f"use {self.describe()}{self._in_quotes(name, value)}")
+        # comparing first keeps out NaN and infinities, and whole numbers that no float can hold
+        if isinstance(value, (int, float)) and not max(self.low, -LARGEST) <= value <= self.high:
+            bound = f" (at most {LARGEST})" if value > self.high == LARGEST else ""
+            raise refuse(name, show(value), f"use {self.describe()}{bound}")
+        return float(value) if self.kind is float else value
+
+    def _in_quotes(self, name: str, value: Any) -> str:
+        """How to write text that looks like a number, a path 2024 for one."""
+        if self.kind is not str or self.choices or type(value) not in (int, float, bool):
+            return ""
+        return f"; for text that looks like another value, add quotes: {name}='\"{show(value)}\"'"
 
     def describe(self) -> str:
         """What fits, in words."""
@@ -65,8 +71,13 @@ def _number(value: float) -> str:
     return f"{value:g}" if abs(value) < 1e6 else f"{int(value)}"
 
 
-def _show(value: Any) -> str:
-    shown = str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, str) else str(value)
+def show(value: Any, quote: bool = True) -> str:
+    """A value as a refusal names it: on one line, and cut where it is long."""
+    try:
+        plain = isinstance(value, str) and not quote
+        shown = value if plain else str(value).lower() if isinstance(value, bool) else repr(value)
+    except (ValueError, RecursionError):  # Python writes out no whole number of thousands of digits
+        shown = f"({type(value).__name__} too large to show)"
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
@@ -80,7 +91,11 @@ def _shape(name: str, kind: type, meaning: str, **rules: Any) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """[model]: the shape of the reference decoder."""
+    """[model]: the shape of the reference decoder.
+
+    The fields' defaults are the tiny preset's. `load_config` and `Config.from_dict` fill in those of the preset named;
+    a ModelConfig built by hand keeps just the values it is given.
+    """
 
     preset: str = _key("tiny", str, "named shape that the other keys of this section override", choices=tuple(PRESETS))
     d_model: int = _shape("d_model", int, "width of the residual stream", low=1)
@@ -213,7 +228,7 @@ def markdown_table() -> str:
     for section, kind in SECTIONS.items():
         for f in fields(kind):
             key: Key = f.metadata["key"]
-            lines.append(f"| `{section}.{f.name}` | `{_show(f.default)}` | {key.describe()} | {key.meaning} |")
+            lines.append(f"| `{section}.{f.name}` | `{show(f.default)}` | {key.describe()} | {key.meaning} |")
     return "\n".join(lines)
 
 

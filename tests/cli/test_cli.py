@@ -206,7 +206,7 @@ def test_a_run_that_diverges_ends_with_1_and_says_what_to_do(tmp_path):
     assert "not finite in 10 steps in a row" in done.stderr
     assert "Traceback" not in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["loss"] is None
+    assert rows[-1]["grad_norm"] is None
     assert len(rows) < 20
 
 

@@ -55,7 +55,8 @@ class Config:
             raise refuse("config", show(values), "give sections, each with its keys, as `to_dict` does")
         for section, entries in values.items():
             if section not in SECTIONS:
-                raise _unknown(str(section), list(SECTIONS), "section")
+                known = (list(SECTIONS), "section") if isinstance(entries, Mapping) else (known_keys(), "key")
+                raise _unknown(str(section), *known)
             if not isinstance(entries, Mapping):
                 raise refuse(section, show(entries), f"it is a section; write [{section}] and its keys below")
             for key in entries:
@@ -162,16 +163,19 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if path.is_file() and path.stat().st_size > LARGEST_FILE:
-            raise refuse("CONFIG", path, f"too large for a config ({path.stat().st_size} bytes); give a TOML file")
-        text = path.read_bytes().decode("utf-8-sig")  # editors on Windows put a byte order mark in front
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_FILE + 1)
     except OSError as error:
-        fit = f"cannot be read ({error.strerror}); give a TOML file such as configs/tiny.toml"
-        raise refuse("CONFIG", show(str(path), quote=False), fit) from None
+        shown = path if len(str(path)) < 300 else show(str(path))
+        raise refuse("CONFIG", shown, f"cannot be read ({error.strerror}); give a TOML file such as configs/tiny.toml") from None
+    except ValueError:  # what Python says of a NUL in a name
+        raise refuse("CONFIG", show(str(path)), "not the name of a file; give a TOML file") from None
+    if len(raw) > LARGEST_FILE:
+        raise refuse("CONFIG", path, f"too large for a config (over {LARGEST_FILE} bytes); give a TOML file")
+    try:
+        text = raw.decode("utf-8-sig")  # editors on Windows put a byte order mark in front
     except UnicodeDecodeError as error:
         raise refuse("CONFIG", path, f"not a TOML file (byte {error.start} is not UTF-8 text)") from None
-    except ValueError:  # what the system says of a NUL in a name
-        raise refuse("CONFIG", show(str(path)), "not the name of a file; give a TOML file") from None
     try:
         return _parse(text)
     except tomllib.TOMLDecodeError as error:
@@ -202,4 +206,5 @@ def _value(text: str) -> Any:
 
 def _unknown(name: str, known: Sequence[str], what: str) -> Refused:
     near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.0)
-    return Refused(f"{show(name, quote=not name.isprintable())}: unknown {what}; nearest is {near[0]}.")
+    shown = name if name.isprintable() and len(name) <= 60 else show(name)
+    return Refused(f"{shown}: unknown {what}; nearest is {near[0]}.")

@@ -38,8 +38,8 @@ class Key:
             return value
         if value in self.later and type(value) in (str, bool):
             raise refuse(name, show(value), f"not supported in this version; use {self.describe()}")
-        number = type(value) is self.kind or (self.kind is float and type(value) is int)
-        if not number or (self.kind is str and self.choices):
+        fits = type(value) is self.kind or (self.kind is float and type(value) is int)
+        if not fits or (self.kind is str and self.choices):
             raise refuse(name, show(value), f"use {self.describe()}{self._in_quotes(name, value)}")
         # comparing first keeps out NaN and infinities, and whole numbers that no float can hold
         if isinstance(value, (int, float)) and not max(self.low, -LARGEST) <= value <= self.high:
@@ -71,14 +71,14 @@ def _number(value: float) -> str:
     return f"{value:g}" if abs(value) < 1e6 else f"{int(value)}"
 
 
-def show(value: Any, quote: bool = True) -> str:
-    """A value as a refusal names it: on one line, and cut where it is long."""
+def show(value: Any) -> str:
+    """A value as a refusal names it: strings quoted, on one line, and cut where it is long."""
     try:
-        plain = isinstance(value, str) and not quote
-        shown = value if plain else str(value).lower() if isinstance(value, bool) else repr(value)
+        text = repr(value) if isinstance(value, str) else str(value)
     except (ValueError, RecursionError):  # Python writes out no whole number of thousands of digits
-        shown = f"({type(value).__name__} too large to show)"
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+        text = f"({type(value).__name__} too large to show)"
+    text = text.lower() if isinstance(value, bool) else text
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _key(default: Any, kind: type, meaning: str, **rules: Any) -> Any:

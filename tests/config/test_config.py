@@ -91,15 +91,45 @@ def test_preset_shapes():
         ("parallel.strategy=ring parallel.head_chunks=2", "parallel.head_chunks=2"),
         ("data.held_out=0.9", "to 0.5"),
         ("data.seq_len=-5", "1 or more"),
+        ("optim.lr=-" + "9" * 400, "a number, 0 or more"),
+        ("optim.lr=" + "9" * 400, "at most"),
+        ("optim.lr=-inf", "optim.lr=-inf"),
+        ("train.steps=" + "9" * 400, "at most"),
+        ("train.steps=" + "9" * 5000, "a whole number"),
+        ("train.steps=" + "[" * 5000, "a whole number"),
+        ("train.steps=nan", "a whole number"),
+        ("train.steps=", "train.steps=''"),
+        ("train.steps.x=1", "nearest is train.steps"),
+        ("data.path=2024", "add quotes: data.path='\"2024\"'"),
+        ("optim.lr=true", "optim.lr=true: use a number"),
+        ("parallel.cp=true", '"auto" or a whole number'),
+        ("model.d_model=24", 'heads of size 3, and rotary positions need an even one; use model.positions="learned"'),
+        ("parallel.strategy=tp parallel.head_chunks=2", 'use "auto" or 1'),
+        ("parallel.strategy=ulysses parallel.head_chunks=4", "parallel.head_chunks=4"),
+        ("parallel.strategy=tp parallel.cp=3", "model.n_heads=8: parallel.strategy"),
+        ("train.batch_size=3 parallel.dp=4", "parallel.dp=4 x train.accumulate=1; use 4."),
+        ("memory.tiles=4", "memory.tiles=4"),
+        ("data.source=tokens", "data.source='tokens'"),
+        ("checkpoint.keep=0", "1 or more"),
+        ("train.eval_samples=0", "1 or more"),
+        ("s" * 5000 + ".x=1", "..."),
     ],
 )
-def test_wrong_values_are_refused_in_one_sentence(override, words):
+def test_wrong_values_are_refused_in_one_short_sentence(override, words):
     with pytest.raises(Refused) as refusal:
         load_config(None, override.split())
     text = str(refusal.value)
     assert words in text
     assert text.endswith(".")
     assert "\n" not in text
+    assert len(text) < 300
+
+
+def test_a_name_of_several_lines_is_refused_on_one():
+    for override in ("train.st\neps=1", "train.dtype=a\nb", "a\nb"):
+        with pytest.raises(Refused) as refusal:
+            load_config(None, [override])
+        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +137,11 @@ def test_wrong_values_are_refused_in_one_sentence(override, words):
     [
         ("[model\n", "not valid TOML"),
         ("[train]\nsteps = \n", "line 2"),
+        ('[data]\nseq_len = 8\npath = "open', "line 3, the end of the file"),
+        ("[train]\nsteps = 1\nsteps = 2\n", "line 3"),
+        ("[train]\nsteps = " + "9" * 5000, "not valid TOML: a number of too many digits"),
+        ("[train]\nsteps = " + "[" * 5000, "not valid TOML: brackets nested too deep"),
+        ("steps = 1\n", "steps: unknown key; nearest is train.steps."),
         ("[trains]\nsteps = 1\n", "trains: unknown section; nearest is train."),
         ("[train]\nstep = 1\n", "train.step: unknown key; nearest is train.steps."),
         ("train = 3\n", "it is a section"),
@@ -119,15 +154,44 @@ def test_wrong_files_are_refused(tmp_path, text, words):
     with pytest.raises(Refused) as refusal:
         load_config(write(tmp_path, text))
     assert words in str(refusal.value)
+    assert "my.toml" in str(refusal.value) or "TOML" not in words
 
 
 def test_files_that_are_none(tmp_path):
-    for path in (tmp_path / "absent.toml", tmp_path):
+    for path in (tmp_path / "absent.toml", tmp_path, "x" * 5000, ""):
         with pytest.raises(Refused, match="cannot be read"):
             load_config(path)
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(Refused, match="not valid TOML"):
+    with pytest.raises(Refused, match="not the name of a file"):
+        load_config("a\0b")
+    (tmp_path / "binary.toml").write_bytes(b"abc\xff\xfe\x00")
+    with pytest.raises(Refused, match=r"not a TOML file \(byte 3 is not UTF-8 text\)"):
         load_config(tmp_path / "binary.toml")
+    with (tmp_path / "large.toml").open("wb") as file:
+        file.truncate(1 << 21)
+    with pytest.raises(Refused, match="too large for a config"):
+        load_config(tmp_path / "large.toml")
+
+
+def test_files_as_editors_on_windows_write_them(tmp_path):
+    (tmp_path / "w.toml").write_bytes(b"\xef\xbb\xbf[train]\r\nsteps = 3\r\n")
+    assert load_config(tmp_path / "w.toml").train.steps == 3
+
+
+@pytest.mark.parametrize("values, words", [("abc", "give sections"), ({1: {}}, "1: unknown section"),
+                                           ({"train": None}, "train=None"), ({"train": {2: 3}}, "train.2: unknown key"),
+                                           ({"train": {"steps": 10**5000}}, "too large to show")])  # fmt: skip
+def test_dicts_that_are_no_config(values, words):
+    with pytest.raises(Refused, match=words):
+        Config.from_dict(values)
+
+
+def test_values_may_be_toml_or_bare():
+    for text, found in (("0x10", 16), ("1_000", 1000), (" 7 ", 7)):
+        assert load_config(None, [f"train.steps={text}"]).train.steps == found
+    for text in ("a=b", "my file # 1", '"my file # 1"', "1\nsteps = 2"):
+        assert load_config(None, [f"data.path={text}"]).data.path == text.strip('"')
+    config = load_config(None, ["optim.lr=1", "train.steps=2", "train.steps=3"])
+    assert (type(config.optim.lr), config.train.steps) == (float, 3)
 
 
 @pytest.mark.parametrize("key", known_keys())
@@ -160,9 +224,12 @@ def test_resolving_the_mesh():
         (["parallel.cp=2", "parallel.dp=2"], 2, "needs 4 ranks and 2 are planned"),
         (["parallel.dp=2"], 3, "parallel.dp=2: must divide the number of ranks, which is 3"),
         (["parallel.strategy=tp"], 3, "model.n_heads=8"),
+        ([], 0, "world_size=0"),
     ):
-        with pytest.raises(Refused, match=words):
-            load_config(None, overrides).resolved(ranks)
+        config = load_config(None, overrides)
+        for check in (config.resolved, config.validate):
+            with pytest.raises(Refused, match=words):
+                check(ranks)
 
 
 def test_documented_keys_are_the_keys():

@@ -93,15 +93,7 @@ def attention(
     Raises:
         Refused: anything that would not be computed exactly, in a sentence that names it.
     """
-    if window is not None:
-        raise refuse("window", window, "sliding windows are not supported in this version; use None")
-    if cu_seqlens is not None:
-        raise refuse("cu_seqlens", "a tensor", "packed documents are not supported in this version; give one")
-    if dropout_p != 0.0:
-        fit = "no kernel of this version has attention dropout keyed by position; use 0.0"
-        raise refuse("dropout_p", dropout_p, fit)
-    if seed is not None:
-        raise refuse("seed", seed, "it keys attention dropout, which this version does not have; use None")
+    _refuse_unsupported(window, cu_seqlens, dropout_p, seed)
     _check_shapes(q, k, v)
     comm = Communicator(axis_group(mesh, ("cp",)))
     options = AttentionOptions(strategy, causal, scale, head_chunks, regather, kernel)
@@ -158,6 +150,18 @@ def count_head_chunks(wanted: int | str, strategy: str, k_BTKH: torch.Tensor, cp
         fit = f"only strategy 'lss' gathers by head chunks; with {strategy!r} use 'auto' or 1"
         raise refuse("head_chunks", wanted, fit)
     return wanted
+
+
+def _refuse_unsupported(window: int | None, cu_seqlens: torch.Tensor | None, dropout_p: float, seed: int | None) -> None:
+    if window is not None:
+        raise refuse("window", window, "sliding windows are not supported in this version; use None")
+    if cu_seqlens is not None:
+        raise refuse("cu_seqlens", "a tensor", "packed documents are not supported in this version; give one")
+    if dropout_p != 0.0:
+        fit = "no kernel of this version has attention dropout keyed by position; use 0.0"
+        raise refuse("dropout_p", dropout_p, fit)
+    if seed is not None:
+        raise refuse("seed", seed, "it keys attention dropout, which this version does not have; use None")
 
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -9,6 +9,8 @@ With head chunks the key heads are taken in groups, and the next group's gather 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -17,6 +19,7 @@ from lss.comm.collectives import new_dkv, split_kv
 from lss.context_parallel.spec import AttentionSpec, head_groups, lse_like
 
 KV = tuple[torch.Tensor, torch.Tensor]
+HeadGroups = list[tuple[slice, slice]]
 
 
 def lss_attention(q_BTNH: torch.Tensor, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
@@ -31,14 +34,19 @@ def lss_attention(q_BTNH: torch.Tensor, k_BTKH: torch.Tensor, v_BTKH: torch.Tens
     return _LSSAttention.apply(q_BTNH, k_BTKH, v_BTKH, spec)
 
 
-def _gather(k: torch.Tensor, v: torch.Tensor, heads: slice, spec: AttentionSpec) -> Pending[KV]:
-    return spec.comm.all_gather_kv(k[:, :, heads], v[:, :, heads])
-
-
-def _in_sequence_order(pending: Pending[KV], spec: AttentionSpec) -> KV:
-    k, v = pending.wait()
+def _gathered(k: torch.Tensor, v: torch.Tensor, groups: HeadGroups, spec: AttentionSpec) -> Iterator[KV]:
+    """Keys and values of all tokens in sequence order, one head chunk after another, the next one already under way."""
     order = spec.segment.chunk_order
-    return spec.segment.reorder(k, 1, order), spec.segment.reorder(v, 1, order)
+
+    def gather(heads: slice) -> Pending[KV]:
+        return spec.comm.all_gather_kv(k[:, :, heads], v[:, :, heads])
+
+    pending = gather(groups[0][1])
+    for i in range(len(groups)):
+        keys, values = pending.wait()
+        if i + 1 < len(groups):
+            pending = gather(groups[i + 1][1])
+        yield spec.segment.reorder(keys, 1, order), spec.segment.reorder(values, 1, order)
 
 
 class _LSSAttention(torch.autograd.Function):
@@ -46,11 +54,7 @@ class _LSSAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, spec: AttentionSpec):
         groups = head_groups(q.shape[2], k.shape[2], spec.head_chunks)
         out, lse, kept = torch.zeros_like(q), lse_like(q), []
-        pending = _gather(k, v, groups[0][1], spec)
-        for i, (q_heads, _) in enumerate(groups):
-            keys, values = _in_sequence_order(pending, spec)
-            if i + 1 < len(groups):
-                pending = _gather(k, v, groups[i + 1][1], spec)
+        for (q_heads, _), (keys, values) in zip(groups, _gathered(k, v, groups, spec), strict=True):
             for b in spec.segment.blocks(spec.causal):
                 rows = slice(b.q_start, b.q_stop)
                 out[:, rows, q_heads], lse[:, q_heads, rows] = spec.kernel.forward(
@@ -73,14 +77,9 @@ class _LSSAttention(torch.autograd.Function):
         q, k, v, out, lse, *kept = ctx.saved_tensors
         groups = head_groups(q.shape[2], k.shape[2], spec.head_chunks)
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-        pending = None if kept else _gather(k, v, groups[0][1], spec)
+        gathered = zip(kept[::2], kept[1::2], strict=True) if kept else _gathered(k, v, groups, spec)
         scatters = []
-        for i, (q_heads, k_heads) in enumerate(groups):
-            if pending is None:
-                keys, values = kept[2 * i : 2 * i + 2]
-            else:
-                keys, values = _in_sequence_order(pending, spec)
-                pending = _gather(k, v, groups[i + 1][1], spec) if i + 1 < len(groups) else pending
+        for (q_heads, k_heads), (keys, values) in zip(groups, gathered, strict=True):
             dkv = new_dkv(keys, spec.segment.padded_len)
             _accumulate_gradients(dq, dkv, dout, q, keys, values, out, lse, q_heads, spec)
             dkv = spec.segment.reorder(dkv, 0, spec.segment.rank_order)

@@ -99,7 +99,7 @@ class Layout:
         self.dp = Communicator(axis_group(mesh, ("dp",)))
         self.all = Communicator(axis_group(mesh, ("dp", "cp")))
         self._run_block = block_runner(checkpointing)
-        self._config, self._seq_len = model.config, model.seq_len
+        self._seq_len = model.seq_len
         self.segment(1)  # refuses an unknown order
         if strategy != "tp":
             pick_strategy(strategy)

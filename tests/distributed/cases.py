@@ -6,7 +6,6 @@ import torch
 
 import lss
 from lss.comm import count_collectives
-from lss.kernels import reference
 from tests.distributed.pool import mesh
 
 
@@ -52,4 +51,64 @@ def attention_case(cp, *, S, N, K, H=8, B=2, dtype=torch.float64, causal=True, d
     return errors, forward.rows(), backward.rows(), forward.elements(), backward.elements()
 
 
-__all__ = ["attention_case", "make_qkv", "oracle", "reference", "relative"]
+
+
+def order_of_events(cp, chunks):
+    """What one forward and backward of LSS attention does, in order, on this rank."""
+    from lss.comm import Communicator, Pending
+    from lss.kernels import Kernel
+
+    events, originals = [], (Communicator.all_gather_kv, Communicator.reduce_scatter_dkv, Kernel.forward, Kernel.backward)
+
+    def spied(name, original):
+        def call(*args, **kwargs):
+            events.append(name)
+            result = original(*args, **kwargs)
+            if isinstance(result, Pending):
+                wait = result.wait
+                result.wait = lambda: (events.append(f"{name} done"), wait())[1]
+            return result
+
+        return call
+
+    names = ("gather", "scatter", "attend", "attend back")
+    places = [(Communicator, "all_gather_kv"), (Communicator, "reduce_scatter_dkv")]
+    places += [(Kernel, "forward"), (Kernel, "backward")]
+    for (owner, attribute), name, original in zip(places, names, originals, strict=True):
+        setattr(owner, attribute, spied(name, original))
+    try:
+        attention_case(cp, S=16, N=4, K=4, head_chunks=chunks, order="contiguous")
+    finally:
+        for (owner, attribute), original in zip(places, originals, strict=True):
+            setattr(owner, attribute, original)
+    return events
+
+
+def delayed_case(cp, strategy, seed, **options):
+    """`attention_case` with a random pause of this rank before every collective is issued and after each is done."""
+    import random
+    import time
+
+    from lss.comm import Communicator, Pending
+
+    dice = random.Random(seed * 100 + mesh(cp)["cp"].get_local_rank())
+    names = ["all_gather_kv", "reduce_scatter_dkv", "shift", "all_to_all"]
+    originals = {name: getattr(Communicator, name) for name in names}
+    wait = Pending.wait
+
+    def paused(original):
+        def call(*args, **kwargs):
+            time.sleep(dice.random() * 0.02)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(Communicator, name, paused(original))
+    Pending.wait = paused(wait)
+    try:
+        return attention_case(cp, strategy=strategy, **options)
+    finally:
+        Pending.wait = wait
+        for name, original in originals.items():
+            setattr(Communicator, name, original)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lss
-from tests.distributed.cases import attention_case
+from tests.distributed.cases import attention_case, delayed_case, order_of_events
 from tests.distributed.pool import mesh, pool
 
 
@@ -126,3 +126,20 @@ def test_heads_that_do_not_group_are_refused():
         assert not ok
         assert what[0] == "Refused"
         assert "multiple of the 3 key heads" in what[1]
+
+
+def test_the_next_chunk_is_gathered_while_this_one_computes():
+    """Each gather but the first is issued before the chunk ahead of it is attended to; scatters are waited for last."""
+    forward = ["gather", "gather done", "gather", "attend", "gather done", "gather", "attend", "gather done", "attend"]
+    backward = [event if event != "attend" else "attend back" for event in forward]
+    with_scatters = [x for event in backward for x in ([event, "scatter"] if event == "attend back" else [event])]
+    for events in pool(2).run(order_of_events, 2, 3):
+        assert events == forward + with_scatters + ["scatter done"] * 3
+
+
+@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses"])
+@pytest.mark.parametrize("seed", range(3))
+def test_parity_holds_when_ranks_are_late(strategy, seed):
+    chunks = {"head_chunks": 2} if strategy == "lss" else {}
+    for errors, *_ in pool(3).run(delayed_case, 3, strategy, seed, S=13, N=4, K=2, **chunks):
+        assert max(errors) <= 1e-14

@@ -23,19 +23,24 @@ class MetricsWriter:
 
     Args:
         folder: the run's folder, which exists.
-        last_step: rows after it are removed on opening, as are torn lines: a resumed run writes them again.
+        last_step: rows after it are removed on opening, as is a torn last line: a resumed run writes them again. The
+            file is replaced whole, so that a stop at any moment leaves the old rows or the kept ones.
+        tensorboard: also write to TensorBoard; where it is not installed a notice goes to standard error.
 
     Numbers that are not finite are written as null, since JSON has no word for them.
+
+    Raises:
+        Refused: the file cannot be written, or one of its whole lines is damaged, by number; it is then left as it is.
     """
 
-    def __init__(self, folder: Path, *, last_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, last_step: int = 0, tensorboard: bool = True) -> None:
         path = folder / "metrics.jsonl"
-        kept = [row for row in _rows(path) if row["step"] <= last_step] if path.exists() else []
-        aside = folder / ".metrics.jsonl.writing"
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(aside, path)
-        self._file = path.open("a")
-        self._board = _tensorboard(folder / "tensorboard", last_step)
+        try:
+            _truncate(path, last_step)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise Refused(f"{path}: cannot be written ({error.strerror}).") from error
+        self._board = _tensorboard(folder / "tensorboard", last_step) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Write one step's row: the fixed keys in their order, then any others, such as eval_loss."""
@@ -64,44 +69,59 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows of a metrics.jsonl.
+    """All rows of a metrics.jsonl, in the file's order.
 
     Raises:
         Refused: the file cannot be read or a line is damaged, by number.
     """
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{path}: cannot be read ({error}).") from None
+        data = path.read_bytes()
+    except OSError as error:
+        raise Refused(f"{path}: cannot be read ({error.strerror}).") from error
+    return [row for row, _ in _parse(data, path)]
+
+
+def _parse(data: bytes, path: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """Every row with the line that it stands in."""
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        # type, not isinstance: true is an int to Python
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise Refused(f"{path}, line {number}: not a row of metrics; remove the line or the file.")
-        rows.append(row)
+        rows.append((row, line))
     return rows
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file whose end may be torn by a stop in the middle of writing it."""
-    text = path.read_text()
-    if text and not text.endswith("\n"):
-        aside = path.with_name(".metrics.jsonl.whole")
-        aside.write_text(text[: text.rfind("\n") + 1])
-        rows = read_metrics(aside)
-        aside.unlink()
-        return rows
-    return read_metrics(path)
+def _truncate(path: Path, last_step: int) -> None:
+    """Keep the rows up to a step, to the byte, and at once: the new file takes the old one's name when it is whole."""
+    data = path.read_bytes() if path.exists() else b""
+    # a stop in the middle of a write leaves a last line without its end
+    whole = data[: data.rfind(b"\n") + 1]
+    kept = b"".join(line + b"\n" for row, line in _parse(whole, path) if row["step"] <= last_step)
+    aside = path.with_name(".metrics.jsonl.writing")
+    with aside.open("wb") as file:
+        file.write(kept)
+        file.flush()
+        # else a power cut could leave the new name on an empty file
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
 
 def _tensorboard(folder: Path, last_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
+        print("TensorBoard is not installed, so metrics go to metrics.jsonl only: "
+              "pip install 'lss-transformer[tensorboard]'", file=sys.stderr)  # fmt: skip
         return None
+    # hides what an earlier run wrote after the step that this one resumes from
     return SummaryWriter(str(folder), purge_step=last_step + 1 if last_step else None)
 
 

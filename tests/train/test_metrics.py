@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -48,11 +49,35 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     assert json.loads(line)["grad_norm"] is None
 
 
-@pytest.mark.parametrize("damage", ["[1]", "{}", '{"step": "1"}', "nonsense"])
-def test_damage_is_refused_by_line(tmp_path, damage):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n" + damage + "\n")
-    with pytest.raises(Refused, match="line 2"):
-        read_metrics(tmp_path / "metrics.jsonl")
+DAMAGE = [b"[1]", b"{}", b'{"step": "1"}', b'{"step": true}', b"nonsense", b"", b'{"step": 1, "x": "\xff"}', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+def test_damage_is_refused_by_line_and_left_as_it_is(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    data = json.dumps(row(1)).encode() + b"\n" + damage + b'\n{"step": 3, "lo'
+    path.write_bytes(data)
+    with pytest.raises(Refused, match=r"metrics\.jsonl, line 2"):
+        read_metrics(path)
+    with pytest.raises(Refused, match=r"/metrics\.jsonl, line 2"):
+        MetricsWriter(tmp_path, last_step=5)
+    assert path.read_bytes() == data
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_kept_rows_are_kept_to_the_byte(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    line = b'{"step":1,  "loss": 0.10000000000000000001, "note": "caf\xc3\xa9"}\n'
+    path.write_bytes(line + b'{"step": 2}\n{"step": 3, "note": "caf\xc3')
+    MetricsWriter(tmp_path, last_step=1).close()
+    assert path.read_bytes() == line
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(Refused, match="cannot be written"):
+        MetricsWriter(tmp_path / "none")
+    with pytest.raises(Refused, match="cannot be read"):
+        read_metrics(tmp_path / "none")
 
 
 def test_the_same_numbers_reach_tensorboard(tmp_path):
@@ -64,6 +89,29 @@ def test_the_same_numbers_reach_tensorboard(tmp_path):
     board.Reload()
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 0.25), (2, 0.5)]
     assert board.Scalars("eval_loss")[0].value == 1.5
+
+
+def test_a_resumed_run_hides_what_it_writes_again(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, last_step, loss in ((1, 0, 0.25), (2, 1, 0.5)):
+        with MetricsWriter(tmp_path, last_step=last_step) as metrics:
+            for step in range(first, 4):
+                metrics.write(row(step, loss=loss))
+    board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 0.25), (2, 0.5), (3, 0.5)]
+
+
+def test_tensorboard_can_be_off_or_missing(tmp_path, monkeypatch, capsys):
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        metrics.write(row(1))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with MetricsWriter(tmp_path, last_step=1) as metrics:
+        metrics.write(row(2))
+    assert "lss-transformer[tensorboard]" in capsys.readouterr().err
+    assert not (tmp_path / "tensorboard").exists()
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_peak_memory_is_in_bytes():

@@ -3,198 +3,170 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lss.config.errors import Refused, refuse
+from lss.config.errors import refuse
 from lss.report.plots import Curve, line_plot
+from lss.report.runs import Run, plain, read_runs
+from lss.report.template import PAGE
 
 LAST_ROWS = 50
-LARGEST_FILE = 1 << 30  # bytes of metrics; a run of ten million steps stays below
-
-
-@dataclass
-class Run:
-    """One run's files, read."""
-
-    name: str
-    folder: Path
-    rows: list[dict[str, Any]]
-    facts: dict[str, Any]
-
-    def curve(self, key: str, name: str) -> Curve:
-        """(name, steps, values) of one key, rows that lack it left out."""
-        rows = [row for row in self.rows if isinstance(row.get(key), (int, float))]
-        return name, [row["step"] for row in rows], [float(row[key]) for row in rows]
+FEW = 12  # facts that stand open; a longer list is folded
+# the facts worth a line under the title, where run.json has them: (words around the value, path)
+LEDE = (
+    ("model {}", "config.model.preset"),
+    ("{} parameters", "parameters"),
+    ("{} tokens", "config.data.seq_len"),
+    ("strategy {}", "config.parallel.strategy"),
+    ("order {}", "config.parallel.order"),
+    ("dp {}", "mesh.dp"),
+    ("cp {}", "mesh.cp"),
+    ("{}", "config.train.dtype"),
+    ("{}", "mesh.device"),
+    ("torch {}", "versions.torch"),
+)
 
 
 def build_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """Make a page of the runs in these folders; returns its path, by default `report.html` in the first.
 
-    Reads metrics.jsonl and, where it is there, run.json.
+    Reads metrics.jsonl and, where it is there, run.json: any JSON object. Several runs share the plots.
 
     Raises:
         Refused: a folder holds no metrics, a file is damaged, matplotlib is missing, or the page cannot be written.
     """
-    runs = [_read(Path(folder)) for folder in folders]
-    target = output or runs[0].folder / "report.html"
+    runs = read_runs([Path(folder) for folder in folders])
+    target = Path(output) if output else runs[0].folder / "report.html"
     page = _page(runs)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page)
+        # JSON can name half a character, which no encoding has
+        target.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     except OSError as error:
-        raise refuse("-o", target, f"cannot be written ({error.strerror})") from error
+        raise refuse("-o", target, f"cannot be written ({error.strerror}); name a file in a folder that can") from error
     return target
 
 
-def _read(folder: Path) -> Run:
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise refuse("DIR", folder, "holds no metrics.jsonl; give the folder of a run")
-    if path.stat().st_size > LARGEST_FILE:
-        raise refuse("DIR", folder, f"its metrics.jsonl has {path.stat().st_size:,} bytes, too many for a page")
-    rows = [_json(line, f"{path}, line {number}") for number, line in enumerate(path.read_text().splitlines(), 1)]
-    if not rows:
-        raise refuse("DIR", folder, "its metrics.jsonl is empty: no step has been done yet")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("step"), int):
-            raise Refused(f"{path}, line {number}: not a row of metrics, it has no step.")
-    facts_path = folder / "run.json"
-    facts = _json(facts_path.read_text(), str(facts_path)) if facts_path.is_file() else {}
-    return Run(folder.resolve().name, folder, rows, facts)
-
-
-def _json(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise Refused(f"{where}: damaged ({error}).") from None
-    if not isinstance(value, dict):
-        raise Refused(f"{where}: not a JSON object.")
-    return value
-
-
 def _page(runs: Sequence[Run]) -> str:
-    title = "Run " + ", ".join(run.name for run in runs) if len(runs) == 1 else "Runs " + ", ".join(run.name for run in runs)
-    parts = [f"<h1>{html.escape(title)}</h1>"]
+    title = html.escape(f"Run{'s' if len(runs) > 1 else ''} " + ", ".join(run.name for run in runs))
+    parts = [f"<h1>{title}</h1>"]
+    if len(runs) == 1:
+        parts += [_lede(runs[0]), _cards(figures_of(runs[0]))]
+    else:
+        parts += [_comparison(runs), _differences(runs)]
+    parts.append(f'<div class="plots">{"".join(_figure(*plot) for plot in _plots(runs))}</div>')
     for run in runs:
-        parts.append(_cards(run, with_name=len(runs) > 1))
-    parts += [f'<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>' for caption, svg in _figures(runs)]
-    for run in runs:
-        parts.append(f"<h2>Last steps of {html.escape(run.name)}</h2>{_table(run)}")
-        parts.append(f"<h2>Facts of {html.escape(run.name)}</h2>{_facts(run.facts)}")
-    return _TEMPLATE.replace("@TITLE@", html.escape(title)).replace("@BODY@", "\n".join(parts))
+        of = f" of {html.escape(run.name)}" if len(runs) > 1 else ""
+        if run.facts:
+            parts.append(f"<h2>Facts{of}</h2>{_facts(run)}")
+        parts.append(f"<h2>Last steps{of}</h2>{_last_rows(run)}")
+    return PAGE.substitute(title=title, body="\n".join(parts))
 
 
-def _cards(run: Run, with_name: bool) -> str:
-    last = run.rows[-1]
-    cards = [("step", f"{last['step']:,}")]
-    if isinstance(last.get("loss"), (int, float)):
-        cards.append(("training loss", f"{last['loss']:.4f} nats"))
-    held_out = [row["eval_loss"] for row in run.rows if isinstance(row.get("eval_loss"), (int, float))]
-    if held_out:
-        cards.append(("held-out", f"{held_out[-1] / math.log(2):.3f} bits per byte"))
-    speeds = [row["tokens_per_s"] for row in run.rows if isinstance(row.get("tokens_per_s"), (int, float))]
-    if speeds:
-        cards.append(("speed, median", f"{statistics.median(speeds):,.0f} tokens/s"))
-    peaks = [row["peak_memory_bytes"] for row in run.rows if isinstance(row.get("peak_memory_bytes"), int)]
-    if peaks:
-        cards.append(("peak memory, rank 0", f"{max(peaks) / 2**30:.2f} GiB"))
-    mfu = [row["mfu"] for row in run.rows if isinstance(row.get("mfu"), (int, float))]
-    if mfu:
-        cards.append(("model FLOP utilisation, median", f"{statistics.median(mfu):.1%}"))
-    name = f"<h2>{html.escape(run.name)}</h2>" if with_name else ""
-    body = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in cards)
-    return f'{name}<dl class="cards">{body}</dl>'
+def figures_of(run: Run) -> dict[str, str]:
+    """The run's key figures, as words: only those that its rows hold."""
+    found = {"step": f"{run.rows[-1]['step']:,}"}
+    if loss := run.values("loss"):
+        found["training loss"] = f"{loss[-1]:.4f} nats"
+    if held_out := run.values("eval_loss"):
+        found["held-out loss"] = f"{held_out[-1]:.4f} nats"
+        found["held-out"] = f"{held_out[-1] / math.log(2):.3f} bits per byte"
+    if speeds := run.values("tokens_per_s"):
+        found["speed, median"] = f"{statistics.median(speeds):,.0f} tokens/s"
+    if peaks := run.values("peak_memory_bytes"):
+        found["peak memory, rank 0"] = f"{max(peaks) / 2**30:.2f} GiB"
+    if mfu := run.values("mfu"):
+        found["model FLOP utilisation, median"] = f"{statistics.median(mfu):.1%}"
+    return found
 
 
-def _figures(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    def names(what: str) -> list[str]:
-        return [what if len(runs) == 1 else f"{run.name}: {what}" for run in runs]
-
-    def curves(key: str, what: str) -> list[Curve]:
-        found = [run.curve(key, name) for run, name in zip(runs, names(what), strict=True)]
-        return [curve for curve in found if curve[1]]
-
-    figures = [("Loss", line_plot(curves("loss", "training"), "nats", marked=curves("eval_loss", "held-out")))]
-    for key, caption, unit in (
-        ("grad_norm", "Gradient norm, before clipping", "norm"),
-        ("lr", "Learning rate", "learning rate"),
-        ("tokens_per_s", "Speed", "tokens/s"),
-    ):
-        found = curves(key, caption.split(",")[0].lower())
-        if found:
-            figures.append((caption, line_plot(found, unit)))
-    return figures
+def _lede(run: Run) -> str:
+    found = [(text, run.facts[path]) for text, path in LEDE if run.facts.get(path) not in (None, "")]
+    words = [text.format(f"{value:,}" if type(value) is int else plain(value)) for text, value in found]
+    return f'<p class="lede">{html.escape(" · ".join(words))}</p>' if words else ""
 
 
-def _table(run: Run) -> str:
+def _cards(figures: dict[str, str]) -> str:
+    body = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in figures.items())
+    return f'<dl class="cards">{body}</dl>'
+
+
+def _comparison(runs: Sequence[Run]) -> str:
+    figures = [figures_of(run) for run in runs]
+    keys = list(dict.fromkeys(key for found in figures for key in found))
+    rows = [[run.name, *(found.get(key, "") for key in keys)] for run, found in zip(runs, figures, strict=True)]
+    return _table(["run", *keys], rows, "sortable numbers")
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    """The settings that tell the runs apart; what they came to stands above."""
+    keys = dict.fromkeys(key for run in runs for key in run.facts if not key.startswith("results."))
+    rows = [[key, *(plain(run.facts.get(key)) for run in runs)] for key in keys]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    return f"<h2>What differs</h2>{_table(['', *(run.name for run in runs)], rows)}" if rows else ""
+
+
+def _plots(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(caption, SVG) of every key that some run has. One colour a run; of a single run, one a curve."""
+
+    def curves(key: str, what: str = "", *, shift: int = 0, points: bool = False) -> list[Curve]:
+        found = []
+        for i, run in enumerate(runs):
+            steps, values = run.series(key)
+            name = what if len(runs) == 1 else f"{run.name}: {what}" if what else run.name
+            found.append(Curve(name, steps, values, i if len(runs) > 1 else shift, points))
+        return [curve for curve in found if curve.x]
+
+    plots = [
+        ("Loss", "nats", curves("loss", "training") + curves("eval_loss", "held-out", shift=1, points=True)),
+        ("Gradient norm, before clipping", "norm", curves("grad_norm")),
+        ("Learning rate", "learning rate", curves("lr")),
+        ("Speed", "tokens/s", curves("tokens_per_s")),
+    ]
+    return [(caption, line_plot(found, unit)) for caption, unit, found in plots if found]
+
+
+def _figure(caption: str, svg: str) -> str:
+    spoken = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(caption)} by step" ', 1)
+    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{spoken}</figure>"
+
+
+def _last_rows(run: Run) -> str:
     rows = run.rows[-LAST_ROWS:]
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th>{html.escape(key)}</th>" for key in keys)
-    body = "".join("<tr>" + "".join(f"<td>{_cell(row.get(key))}</td>" for key in keys) + "</tr>" for row in rows)
-    return f'<div class="wide"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    # a column that no row fills, as mfu on a CPU, is none
+    keys = list(dict.fromkeys(key for row in rows for key in row if row[key] is not None))
+    return _table(keys, [[plain(row.get(key)) for key in keys] for row in rows], "sortable numbers")
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else html.escape(str(value))
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    def cell(head: str) -> str:
+        return f"<th><button>{html.escape(head)}</button></th>" if "sortable" in kind else f"<th>{html.escape(head)}</th>"
+
+    head = "".join(map(cell, heads))
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _facts(facts: dict[str, Any], prefix: str = "") -> str:
-    lines = _flat(facts)
-    if not lines:
-        return "<p>run.json is not there.</p>"
-    body = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in lines)
-    return f'<details><summary>{len(lines)} facts</summary><div class="wide"><table>{body}</table></div></details>'
+def _facts(run: Run) -> str:
+    """One list for each object at the top of run.json, the short ones open."""
+    lists = []
+    for group, items in groupby(run.facts.items(), key=lambda fact: _group(fact[0])):
+        facts: list[tuple[str, Any]] = list(items)
+        rows = [(name.removeprefix(f"{group}."), plain(value)) for name, value in facts]
+        body = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
+        opened = " open" if len(facts) <= FEW else ""
+        lists.append(
+            f"<details{opened}><summary>{html.escape(group or 'run')}</summary>"
+            f'<div class="wide"><table class="facts">{body}</table></div></details>'
+        )
+    return "".join(lists)
 
 
-def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    lines: list[tuple[str, Any]] = []
-    for key, value in facts.items():
-        lines += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return lines
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>@TITLE@</title>
-<style>
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f1f3f5; --line: #d5d9de; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --paper: #14171a; --soft: #20252a; --line: #3a4149; } }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--paper); }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem; margin: 1rem 0; }
-.cards div { background: var(--soft); border-radius: .5rem; padding: .75rem 1rem; }
-dt { font-size: .8rem; opacity: .75; } dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-figure { margin: 1.5rem 0; } figcaption { font-weight: 600; } figure svg { width: 100%; height: auto; color: var(--ink); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-.sortable th { cursor: pointer; } summary { cursor: pointer; }
-</style></head><body>
-@BODY@
-<script>
-for (const table of document.querySelectorAll("table.sortable")) {
-  table.querySelectorAll("th").forEach((head, column) => {
-    let rising = false;
-    head.addEventListener("click", () => {
-      rising = !rising;
-      const body = table.tBodies[0], value = row => row.cells[column].textContent;
-      const rows = [...body.rows].sort((a, b) => {
-        const x = parseFloat(value(a)), y = parseFloat(value(b));
-        const order = isNaN(x) || isNaN(y) ? value(a).localeCompare(value(b)) : x - y;
-        return rising ? order : -order;
-      });
-      body.append(...rows);
-    });
-  });
-}
-</script></body></html>
-"""
+def _group(path: str) -> str:
+    first, dot, _ = path.partition(".")
+    return first if dot else ""

@@ -15,11 +15,14 @@ help:  ## list these commands
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "Python 3.11 or newer is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# asked for pip, not for python: an interrupted venv has the one without the other, and is made whole by a second go
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
+	  { echo "$(VENV) could not be made; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	@echo "Installing into $(VENV) ..."
 	@# torch first and at its pin: without it pip would take a CUDA build of several GB for any dependent
-	@$(PIP) install -q -c constraints.txt "$$(grep ^torch== constraints.txt)"
-	@$(PIP) install -q -c constraints.txt -e '.[test]'
+	@{ $(PIP) install -q -c constraints.txt "$$(grep ^torch== constraints.txt)" && \
+	   $(PIP) install -q -c constraints.txt -e '.[test]'; } || \
+	  { echo "Installing into $(VENV) failed, for the reason above; run it again with: make venv" >&2; exit 2; }
 	@touch $@
 
 venv: $(STAMP)  ## make .venv and install the library in it
@@ -37,11 +40,11 @@ mutants: venv  ## plant known faults and show that the suite catches each
 	@$(BIN)/python tests/mutants/run.py
 
 lint: venv  ## ruff, import contracts, types
-	@$(BIN)/python -c 'import pyright' 2>/dev/null || $(PIP) install -q -c constraints.txt -e '.[dev]'
+	@test -x $(BIN)/ruff -a -x $(BIN)/pyright -a -x $(BIN)/pre-commit || $(PIP) install -q -c constraints.txt -e '.[dev]'
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
 	@$(BIN)/pyright
 
-clean:  ## remove .venv, runs and caches
-	@rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean:  ## remove .venv, the demo's run and caches; your own runs stay
+	@rm -rf $(VENV) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -167,7 +167,8 @@ def _read(path: Path) -> dict[str, Any]:
             raw = file.read(LARGEST_FILE + 1)
     except OSError as error:
         shown = path if len(str(path)) < 300 else show(str(path))
-        raise refuse("CONFIG", shown, f"cannot be read ({error.strerror}); give a TOML file such as configs/tiny.toml") from None
+        fit = f"cannot be read ({error.strerror}); give a TOML file such as configs/tiny.toml"
+        raise refuse("CONFIG", shown, fit) from None
     except ValueError:  # what Python says of a NUL in a name
         raise refuse("CONFIG", show(str(path)), "not the name of a file; give a TOML file") from None
     if len(raw) > LARGEST_FILE:

@@ -29,7 +29,8 @@ class Batch:
         labels: (B, T) int64, each the byte after its token in the whole sequence; -100 where not counted.
         positions: (T,) int64, global.
         slots: (B,) int64, each row's place in the step's global batch; keys dropout.
-        sample_ids: (B,) int64, each row's sample in its split.
+        sample_ids: (B,) int64, each row's number in the loader's order of samples: (step - 1) * batch_size + slot in
+            training, where it counts on through the epochs; the slot in evaluation, and -1 for a row of padding.
     """
 
     tokens: torch.Tensor
@@ -60,16 +61,17 @@ class _Reader:
             tokens[local:local_stop], labels[local:local_stop] = run[:-1], run[1:]
         return tokens, labels
 
-    def rows(self, samples: Sequence[int | None], slots: Sequence[int]) -> Batch:
-        """A batch of these samples; None is a row of padding, of which no label counts."""
+    def rows(self, samples: Sequence[int | None], slots: Sequence[int], first_id: int = 0) -> Batch:
+        """A batch of these samples, numbered first_id + slot; None is a row of padding, of which no label counts."""
         empty = (np.zeros(self.segment.local_len, np.int64), np.full(self.segment.local_len, IGNORE_INDEX, np.int64))
         rows = [empty if sample is None else self.row(sample) for sample in samples]
+        numbers = [-1 if sample is None else first_id + slot for sample, slot in zip(samples, slots, strict=True)]
         return Batch(
             tokens=torch.from_numpy(np.stack([tokens for tokens, _ in rows])),
             labels=torch.from_numpy(np.stack([labels for _, labels in rows])),
             positions=self.segment.positions,
             slots=torch.tensor(list(slots), dtype=torch.int64),
-            sample_ids=torch.tensor([-1 if sample is None else sample for sample in samples], dtype=torch.int64),
+            sample_ids=torch.tensor(numbers, dtype=torch.int64),
         )
 
 
@@ -98,24 +100,34 @@ class Loader(_Reader):
         super().__init__(split, seq_len, segment)
         if batch_size % (dp * accumulate):
             raise refuse("train.batch_size", batch_size, f"must be a multiple of dp={dp} x accumulate={accumulate}")
-        self.batch_size, self.seed, self.dp_rank = batch_size, seed, dp_rank
+        assert 0 <= dp_rank < dp, (dp_rank, dp)
+        self.batch_size, self.accumulate, self.seed, self.dp_rank = batch_size, accumulate, seed, dp_rank
         self._micro_rows = batch_size // accumulate
         self._rows = self._micro_rows // dp
 
-    def sample(self, step: int, slot: int) -> int:
-        """Which sample stands in a slot of a step (counted from 1)."""
-        epoch, place = divmod((step - 1) * self.batch_size + slot, self.samples)
+    def sample(self, number: int) -> int:
+        """Which sample of the split is number `number` (a `sample_ids` value) in the order of all epochs."""
+        epoch, place = divmod(number, self.samples)
         return permute(place, self.samples, self.seed, epoch)
 
     def batch(self, step: int, micro: int) -> Batch:
-        """Micro-batch `micro` of step `step`, this rank's rows and tokens."""
+        """Micro-batch `micro` (from 0) of step `step` (from 1): this rank's rows and tokens."""
+        assert step >= 1, step
+        assert 0 <= micro < self.accumulate, (micro, self.accumulate)
         first = micro * self._micro_rows + self.dp_rank * self._rows
-        slots = range(first, first + self._rows)
-        return self.rows([self.sample(step, slot) for slot in slots], slots)
+        slots, done = range(first, first + self._rows), (step - 1) * self.batch_size
+        return self.rows([self.sample(done + slot) for slot in slots], slots, done)
 
 
 class EvalLoader(_Reader):
-    """Held-out batches: up to `samples` sequences spread evenly over the split, the same number on every rank."""
+    """Held-out batches: up to `samples` sequences spread evenly over the split, the same number on every rank.
+
+    `chosen[slot]` is the sample of a slot; rows after the last are padding, of which no label counts. Every iteration
+    yields the same batches.
+
+    Raises:
+        Refused: the split does not hold one sequence.
+    """
 
     def __init__(
         self, split: Split, *, seq_len: int, samples: int, rows_per_batch: int, dp: int, dp_rank: int, segment: Segment

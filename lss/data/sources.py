@@ -5,8 +5,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import stat
 import sysconfig
 from bisect import bisect_right
+from collections.abc import Iterator, Set
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +19,7 @@ from lss.config.errors import Refused, refuse
 
 # Folders of the standard library that hold no library source: installed packages, tests, caches.
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
+_OPEN_MAPS = 64
 
 
 class ByteCorpus:
@@ -24,10 +27,13 @@ class ByteCorpus:
 
     Args:
         path: a file, a folder (all regular files below it, hidden ones left out), or a glob; empty for the running
-            Python's own standard-library sources, which are always there.
+            Python's own standard-library sources, which are always there. Bytes stay on disk: memory held is the
+            table of files.
 
     Attributes:
-        name: what to call it. files: the files. digest: SHA-256 over names and sizes, for telling a changed corpus.
+        name: what to call it.
+        files, sizes: the files that are not empty, in the order of their relative POSIX names, and their bytes.
+        digest: SHA-256 over relative names and sizes, for telling a changed corpus when a run goes on.
 
     Raises:
         Refused: nothing is there, or it cannot be read, or it is empty.
@@ -35,49 +41,53 @@ class ByteCorpus:
 
     def __init__(self, path: str = "") -> None:
         base, files = _find(path)
-        sizes = []
-        for file in files:
-            try:
-                sizes.append(file.stat().st_size)
-                if not os.access(file, os.R_OK):
-                    raise refuse("data.path", file, "no permission to read it")
-            except OSError as error:
-                raise refuse("data.path", file, f"cannot be read ({error.strerror})") from None
-        kept = [(file, size) for file, size in zip(files, sizes, strict=True) if size]
+        sized = [(file, _size(file)) for file in files]
+        kept = [(file, size) for file, size in sized if size]
         if not kept:
             raise refuse("data.path", repr(path), f"holds no bytes ({len(files)} files, all empty)")
         self.name = path or f"the standard library of Python {sysconfig.get_python_version()}"
         self.files = [file for file, _ in kept]
-        self._ends = list(accumulate(size for _, size in kept))
-        names = "".join(f"{file.relative_to(base).as_posix()}\0{size}\n" for file, size in kept)
-        self.digest = hashlib.sha256(names.encode()).hexdigest()
+        self.sizes = [size for _, size in kept]
+        self._ends = list(accumulate(self.sizes))
+        digest = hashlib.sha256()
+        for file, size in kept:
+            digest.update(os.fsencode(file.relative_to(base).as_posix()) + f"\0{size}\n".encode())
+        self.digest = digest.hexdigest()
         # few maps are open at a time: a corpus may have more files than a process may open
-        self._map = lru_cache(maxsize=64)(self._open)
+        self._map = lru_cache(maxsize=_OPEN_MAPS)(self._open)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def _open(self, number: int) -> np.ndarray:
-        return np.memmap(self.files[number], dtype=np.uint8, mode="r")
+        return np.memmap(self.files[number], dtype=np.uint8, mode="r", shape=(self.sizes[number],))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Bytes [start, stop) of the corpus: uint8, a copy of just those.
 
         Raises:
-            Refused: a file has become shorter since the corpus was opened.
+            Refused: a file is gone, or has become shorter, since the corpus was opened.
         """
         assert 0 <= start <= stop <= len(self), (start, stop, len(self))
         parts = []
         while start < stop:
             number = bisect_right(self._ends, start)
-            first = self._ends[number - 1] if number else 0
+            first = self._ends[number] - self.sizes[number]
             end = min(stop, self._ends[number])
-            part = self._map(number)[start - first : end - first]
-            if len(part) != end - start:
-                raise Refused(f"{self.files[number]}: shorter than when the run began; restore it or start a new run.")
-            parts.append(part)
+            parts.append(self._read_file(number, start - first, end - first))
             start = end
         return np.concatenate(parts) if parts else np.empty(0, np.uint8)
+
+    def _read_file(self, number: int, start: int, stop: int) -> np.ndarray:
+        file = self.files[number]
+        try:
+            # a map that outlives the end of its file reads zeros there, or kills the process
+            if file.stat().st_size < self.sizes[number]:
+                raise Refused(f"{file}: shorter than when the run began; restore it or start a new run.")
+            return self._map(number)[start:stop]
+        except OSError as error:
+            reason = error.strerror or error
+            raise Refused(f"{file}: cannot be read any more ({reason}); restore it or start a new run.") from None
 
     def split(self, held_out: float) -> tuple[Split, Split]:
         """(training part, held-out part): the last `held_out` fraction of the bytes is held out."""
@@ -102,10 +112,10 @@ class Split:
         """How many sequences of `seq_len` labels this part holds; refuses 0."""
         count = (len(self) - 1) // seq_len
         if count < 1:
-            raise refuse(
-                "data.seq_len", seq_len, f"the {self.name} part of {self.corpus.name} has {len(self):,} bytes and a "
-                f"sequence takes one more than its length; use {max(len(self) - 1, 1)} or less, or more text"
-            )  # fmt: skip
+            longest = len(self) - 1
+            fit = f"use {longest} or less, or more text" if longest > 0 else "give more text, in data.path"
+            facts = f"the {self.name} part of {self.corpus.name} has {len(self):,} bytes"
+            raise refuse("data.seq_len", seq_len, f"{facts} and a sequence takes one more than its length; {fit}")
         return count
 
 
@@ -113,29 +123,60 @@ def _find(path: str) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the files in the order of their names."""
     if not path:
         base = Path(sysconfig.get_path("stdlib"))
-        files = [f for f in base.rglob("*.py") if not _NOT_SOURCES & set(f.relative_to(base).parts)]
+        files = [file for file in _below(base, _NOT_SOURCES) if file.suffix == ".py"]
         return base, _sorted(base, files)
-    given = Path(path).expanduser()
-    if given.is_file():
+    try:
+        given = Path(path).expanduser()
+        mode = os.stat(given).st_mode if os.path.lexists(given) else 0
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, a name too long; no such ~user; a NUL
+        raise refuse("data.path", _shown(path), f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if stat.S_ISREG(mode):
         return given.parent, [given]
-    if given.is_dir():
-        files = [f for f in given.rglob("*") if f.is_file() and not _hidden(f.relative_to(given))]
+    if stat.S_ISDIR(mode):
+        files = list(_below(given))
         if not files:
             raise refuse("data.path", repr(path), "the folder holds no files")
         return given, _sorted(given, files)
+    if mode:
+        raise refuse("data.path", repr(path), "not a regular file; give a file, a folder or a glob")
     if any(sign in path for sign in "*?["):
-        files = [Path(name) for name in glob.glob(str(given), recursive=True)]
-        files = [f for f in files if f.is_file()]
+        # a set, since patterns with several ** meet a file on more than one way
+        files = list({Path(name).absolute() for name in glob.glob(str(given), recursive=True) if os.path.isfile(name)})
         if not files:
             raise refuse("data.path", repr(path), "no file matches")
-        base = Path(os.path.commonpath([f.parent.absolute() for f in files]))
-        return base, _sorted(base, [f.absolute() for f in files])
-    raise refuse("data.path", repr(path), "no such file or folder; give a file, a folder or a glob")
+        base = Path(os.path.commonpath([file.parent for file in files]))
+        return base, _sorted(base, files)
+    raise refuse("data.path", _shown(path), "no such file or folder; give a file, a folder or a glob")
 
 
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
+def _below(folder: Path, without: Set[str] = frozenset()) -> Iterator[Path]:
+    """Regular files under a folder, hidden ones and the folders `without` left out.
+
+    Links to files are followed, links to folders are not, since they may lead in a circle.
+    """
+
+    def refuse_folder(error: OSError) -> None:
+        raise refuse("data.path", error.filename, f"cannot be read ({error.strerror})")
+
+    for parent, folders, names in os.walk(folder, onerror=refuse_folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
+        for name in names:
+            if not name.startswith(".") and os.path.isfile(os.path.join(parent, name)):
+                yield Path(parent, name)
+
+
+def _size(file: Path) -> int:
+    try:
+        if not os.access(file, os.R_OK):
+            raise refuse("data.path", file, "no permission to read it")
+        return file.stat().st_size
+    except OSError as error:
+        raise refuse("data.path", file, f"cannot be read ({error.strerror})") from None
 
 
 def _sorted(base: Path, files: list[Path]) -> list[Path]:
     return sorted(files, key=lambda file: file.relative_to(base).as_posix())
+
+
+def _shown(path: str) -> str:
+    return repr(path) if len(path) < 300 else f"{path[:57]!r}..."

@@ -16,7 +16,7 @@ import pytest
 from lss.config import Refused
 from lss.report import build_report
 from lss.report.plots import Curve, line_plot, thin
-from lss.report.runs import flatten
+from lss.report.runs import flatten, number
 
 
 def run(folder, steps=30, name="run"):
@@ -83,6 +83,8 @@ def test_a_hundred_thousand_steps_stay_small(tmp_path):
 def test_thinning_keeps_the_extremes_and_the_ends():
     y = [math.sin(i / 100) for i in range(50_000)]
     y[31_111], y[44_444] = 9.0, -9.0
+    # so that neither end is the extreme of its bucket
+    y[5], y[6], y[-5], y[-6] = 2.0, -2.0, 2.0, -2.0
     x, thinned = thin(range(50_000), y, 400)
     assert len(x) <= 400
     assert {9.0, -9.0} <= set(thinned)
@@ -135,10 +137,17 @@ def test_strange_numbers_and_facts_are_shown_or_left_out(tmp_path):
     text = build_report([folder]).read_text(encoding="utf-8")
     for words in ("1.2500 nats", "3.000 bits per byte", "<summary>hosts[0]</summary>", "1, 2.5", "<td>yes</td>", "(nested)"):
         assert words in text
+    # true is no utilisation of 100 %
+    assert "utilisation" not in text
+
+
+def test_numbers_are_finite_and_no_truths():
+    assert [number(x) for x in (1, 2.5, True, math.nan, -math.inf, 10**400, "1", None)] == [1.0, 2.5] + [None] * 6
 
 
 def test_run_json_is_flattened_in_its_order_and_bounded():
     assert flatten({"a": {"b": [{"c": 1}, [2, 3]]}, "d": []}) == {"a.b[0].c": 1, "a.b[1]": "2, 3", "d": ""}
+    assert list(flatten({"z": 1, "a": {"y": 2, "b": 3}, "m": 4})) == ["z", "a.y", "a.b", "m"]
     deep = {}
     for _ in range(50_000):
         deep = {"x": deep}

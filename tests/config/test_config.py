@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,15 @@ def write(tmp_path, text):
 
 def test_tiny_toml_says_the_defaults():
     assert load_config(ROOT / "configs" / "tiny.toml") == load_config(None) == Config()
+
+
+def test_tiny_toml_shows_every_key_and_its_default():
+    """The preset's shape stands there as comments, so that `model.preset=...` on the command line still acts."""
+    text = (ROOT / "configs" / "tiny.toml").read_text()
+    shown = tomllib.loads(re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE))
+    assert shown == Config().to_dict()
+    assert set(tomllib.loads(text)["model"]) == {"preset", "hf"}
+    assert load_config(ROOT / "configs" / "tiny.toml", ["model.preset=enwik8"]).model.d_model == 512
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)

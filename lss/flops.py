@@ -7,11 +7,12 @@ from __future__ import annotations
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "V100": 125.0}
 
 
-def model_flops(matrix_parameters: int, n_layers: int, attention_width: int, seq_len: int, sequences: int) -> float:
-    """FLOPs of one training step: 6 * parameters in matrix products * tokens + 6 * layers * N*H * S^2 per sequence.
+def model_flops(matrix_parameters: int, attention_width: int, seq_len: int, sequences: int, scores: float) -> float:
+    """FLOPs of one training step: 6 * parameters in matrix products * tokens + 12 * N*H * scores.
 
-    The second term is causal attention, halved: forward 2 and backward 4 of layers * N*H * S^2. No credit is given
-    for recomputation.
+    A score costs 2 * H multiplications and additions for itself and as many for its value, and twice that in backward.
+    Under a causal mask a layer has S^2 / 2 of them for each sequence, which makes 6 * layers * N*H * S^2. No credit is
+    given for recomputation, and none for scores that windows or document borders hide.
 
     Args:
         matrix_parameters: parameters in matrix products: all but norms and embedding look-ups; a tied output
@@ -19,9 +20,10 @@ def model_flops(matrix_parameters: int, n_layers: int, attention_width: int, seq
         attention_width: N * H, query heads times head size.
         seq_len: S.
         sequences: sequences in the step, over all ranks.
+        scores: visible scores of one head, over all layers and sequences of the step.
     """
     tokens = seq_len * sequences
-    return 6.0 * matrix_parameters * tokens + 6.0 * n_layers * attention_width * seq_len**2 * sequences
+    return 6.0 * matrix_parameters * tokens + 12.0 * attention_width * scores
 
 
 def peak_flops(device_name: str | None) -> float | None:

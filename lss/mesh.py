@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -210,3 +211,6 @@ def close() -> None:
     """End the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # groups that garbage still holds (models and their hooks are cycles) would end with the interpreter, when gloo's
+        # threads can no longer be joined, and abort the process
+        gc.collect()

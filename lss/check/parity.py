@@ -10,20 +10,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lss.check.probes import Probe, leak_probes, with_length, work_ratios
 from lss.comm import Communicator, count_collectives
 from lss.config import Config
-from lss.data.loader import Batch, Loader
+from lss.data.loader import Loader
+from lss.data.packing import pack
+from lss.data.reader import Batch
 from lss.data.sources import ByteCorpus
 from lss.kernels.dropout import fold
 from lss.mesh import axis_group
 from lss.model import Transformer
-from lss.parallel import layout_of
-from lss.segment import make_segment
-from lss.train.steps import accumulate_gradients, autocast, parameter_dtype
+from lss.parallel import Layout, layout_of
+from lss.train.steps import (
+    accumulate_gradients,
+    autocast,
+    loader_kind,
+    model_inputs,
+    parameter_dtype,
+    segment_of,
+)
 from lss.train.trainer import build_model
 
 # Largest relative error of a parameter's gradient, and of the loss.
@@ -48,6 +58,8 @@ class LengthResult:
     saved_bytes_one: int
     labels: int
     labels_one: int
+    documents: int = 1
+    probes: list[Probe] = field(default_factory=list)
 
     @property
     def loss_error(self) -> float:
@@ -63,7 +75,8 @@ class LengthResult:
     def ok(self) -> bool:
         """Whether loss and all gradients are within their bounds; NaN never is."""
         fits = all(error <= bound for error, bound in self.gradients.values())
-        return fits and self.loss_error <= self.loss_bound and self.labels == self.labels_one
+        proven = all(probe.ok for probe in self.probes)
+        return fits and proven and self.loss_error <= self.loss_bound and self.labels == self.labels_one
 
 
 @dataclass
@@ -72,6 +85,7 @@ class CheckResult:
 
     ok: bool
     lengths: list[LengthResult] = field(default_factory=list)
+    work: dict[str, float] = field(default_factory=dict)  # order -> max/mean scores of a rank, at the config's own length
 
 
 def _excess(error: float, bound: float) -> float:
@@ -83,32 +97,33 @@ def check_config(config: Config, mesh: DeviceMesh) -> CheckResult:
 
     Every rank must call; every rank gets the same verdict. The first rank computes the one-process side.
     """
-    group = config.parallel.dp * config.train.accumulate
-    config = replace(config, train=replace(config.train, batch_size=2 * group))
+    group, full_length = config.parallel.dp * config.train.accumulate, config
+    rows = 1 if config.data.packing else 2
+    config = replace(config, train=replace(config.train, batch_size=rows * group))
     chunks = 2 * mesh["cp"].size()
     longest = max(min(config.data.seq_len, CHECK_LEN * mesh["cp"].size()) // chunks * chunks, chunks)
     results = []
     for seq_len in dict.fromkeys((longest, max(longest - 3, 1))):
         results.append(_check_length(config, mesh, seq_len))
     first = mesh.get_rank() == 0
+    work = work_ratios(full_length, _borders(full_length)) if first and config.parallel.cp != 1 else {}
     ok = torch.tensor(float(not first or all(result.ok for result in results)), device=mesh.device_type)
     ok = Communicator(axis_group(mesh, ("dp", "cp"))).broadcast(ok, "verdict").wait()
-    return CheckResult(bool(ok.item()), results if first else [])
+    return CheckResult(bool(ok.item()), results if first else [], work)
 
 
 def _check_length(config: Config, mesh: DeviceMesh, seq_len: int) -> LengthResult:
-    config = replace(config, data=replace(config.data, seq_len=seq_len))
+    config = with_length(config, seq_len)
     model = build_model(config, mesh, seq_len)
     layout, train = layout_of(model), config.train
     segment = layout.segment(seq_len)
-    batches = _batches(config, segment, layout.dp.size, layout.dp.rank)
+    batches = _batches(config, layout)
     with count_collectives() as counter, saved_bytes(model) as saved:
-        loss, labels = accumulate_gradients(
-            model, batches, seq_len=seq_len, dtype=train.dtype, seed=train.seed, step=1
-        )
+        loss, labels = accumulate_gradients(model, batches, config, step=1)
+    probes = leak_probes(config, mesh, batches[0])
     found = {name: layout.whole(name, _grad(p)) for name, p in model.named_parameters()}
     if mesh.get_rank() != 0:
-        return LengthResult(seq_len, segment.local_len, loss, loss, 1.0, {}, [], 0, 0, labels, labels)
+        return LengthResult(seq_len, segment.local_len, loss, loss, 1.0, {}, [], 0, 0, labels, labels, probes=probes)
     loss_one, expected, saved_one, labels_one = _one_process(config, seq_len, train.dtype, mesh.device_type)
     if train.dtype == "bfloat16":
         _, exact, _, _ = _one_process(config, seq_len, "float64", mesh.device_type)
@@ -118,31 +133,66 @@ def _check_length(config: Config, mesh: DeviceMesh, seq_len: int) -> LengthResul
         bound = BOUNDS[train.dtype]
         gradients = {name: (error, bound) for name, error in relative_errors(found, expected).items()}
         loss_bound = bound
-    kept = (saved.bytes, saved_one, labels, labels_one)
+    documents = len(batches[0].segment.documents) - 1 if batches[0].segment else 1
+    kept = (saved.bytes, saved_one, labels, labels_one, documents, probes)
     return LengthResult(seq_len, segment.local_len, loss, loss_one, loss_bound, gradients, counter.rows(), *kept)
 
 
-def _batches(config: Config, segment, dp: int, dp_rank: int) -> list[Batch]:
-    """The step's micro-batches, with labels masked: more of the beginning in some rows than in others."""
-    train = config.train
+def _batches(config: Config, layout: Layout | None) -> list[Batch]:
+    """The step's micro-batches, with labels masked: more of the beginning in some rows than in others.
+
+    Packed sequences are those with most documents, since most hold one piece of a long file.
+    """
+    train, S = config.train, config.data.seq_len
     split, _ = ByteCorpus(config.data.path).split(config.data.held_out)
+    dp, dp_rank = (1, 0) if layout is None else (layout.dp.size, layout.dp.rank)
     loader = Loader(
         split,
-        seq_len=segment.seq_len,
-        batch_size=train.batch_size,
+        seq_len=S,
+        batch_size=train.batch_size if layout is not None or not config.data.packing else train.accumulate,
         accumulate=train.accumulate,
         dp=dp,
         dp_rank=dp_rank,
-        segment=segment,
+        segment=segment_of(config, layout, None),
         seed=train.seed,
+        **loader_kind(config, layout),
     )
     batches = []
-    for micro in range(train.accumulate):
-        batch = loader.batch(1, micro)
-        border = segment.seq_len * (3 + batch.slots) // (6 + batch.slots)
-        masked = batch.positions[None, :] < border[:, None]
+    for slots in _slots(config, dp, dp_rank, one_by_one=config.data.packing):
+        samples = _most_documents(loader, slots) if config.data.packing else [loader.sample(slot) for slot in slots]
+        batch = loader.rows(samples, slots, 0)
+        assert batch.segment is not None
+        places = batch.segment.positions
+        border = S * (3 + batch.slots) // (6 + batch.slots)
+        masked = places[None, :] < border[:, None]
         batches.append(replace(batch, labels=batch.labels.masked_fill(masked, -100)))
     return batches
+
+
+def _slots(config: Config, dp: int, dp_rank: int, one_by_one: bool) -> list[range]:
+    """The rows of the step's global batch that each of a rank's micro-batches takes."""
+    rows = config.train.batch_size // config.train.accumulate
+    mine = rows // dp
+    firsts = [micro * rows + dp_rank * mine for micro in range(config.train.accumulate)]
+    slots = [range(first, first + mine) for first in firsts]
+    # on one process packed rows of several dp ranks come one at a time as well
+    return [range(slot, slot + 1) for run in slots for slot in run] if one_by_one else slots
+
+
+def _most_documents(loader: Loader, slots: range) -> list[int]:
+    assert loader.packed is not None
+    counts = np.diff(loader.packed.first)
+    return [int(number) for number in np.argsort(-counts, kind="stable")[list(slots)]]
+
+
+def _borders(config: Config) -> list[torch.Tensor | None]:
+    """The documents of some of the config's sequences, at its own length; one document each without packing."""
+    if not config.data.packing:
+        return [None]
+    split, _ = ByteCorpus(config.data.path).split(config.data.held_out)
+    documents = split.documents()
+    packed = pack(documents[:, 1] - documents[:, 0], config.data.seq_len, config.train.seed)
+    return [packed.cu_seqlens(number) for number in range(min(len(packed), 16))]
 
 
 def _one_process(
@@ -151,19 +201,14 @@ def _one_process(
     """Loss, every gradient, bytes kept for backward and labels counted, of the plain model on whole batches."""
     model = Transformer(config.model, seq_len, seed=config.train.seed)
     model.to(device=device, dtype=parameter_dtype(dtype))
-    batches = _batches(config, make_segment(seq_len, cp=1, rank=0), 1, 0)
+    batches = _batches(config, None)
     count = sum(int((batch.labels != -100).sum()) for batch in batches)
     total, seed = 0.0, fold(config.train.seed, 1)
     with saved_bytes(model) as saved:
         for batch in batches:
             with autocast(dtype, device):
-                loss = model(
-                    batch.tokens.to(device),
-                    shift_labels=batch.labels.to(device),
-                    samples=batch.slots.to(device),
-                    num_items_in_batch=max(count, 1),
-                    dropout_seed=seed,
-                ).loss
+                inputs = model_inputs(batch, config, torch.device(device), cut=False)
+                loss = model(**inputs, num_items_in_batch=max(count, 1), dropout_seed=seed).loss
             loss.backward()
             total += float(loss.detach().double())
     return total, {name: _grad(p) for name, p in model.named_parameters()}, saved.bytes, count

@@ -59,6 +59,11 @@ def _print(config: Config, result: CheckResult) -> None:
         fits = all(e <= b for e, b in at.gradients.values())
         table.add_row("worst gradient", f"of {len(at.gradients)}", at.worst, f"{error:.1e}", f"{bound:.0e}", _mark(fits))
         table.add_row("labels counted", f"{at.labels_one:,}", f"{at.labels:,}", "", "", _mark(at.labels == at.labels_one))
+        if at.documents > 1:
+            table.add_row("documents", f"{at.documents}", f"{at.documents}")
+        for probe in at.probes:
+            found = f"{probe.leaked} of {probe.checked:,} changed" if probe.affected else "nothing changed anywhere"
+            table.add_row(probe.name, "", found, f"{probe.leaked}", "0", _mark(probe.ok))
         table.add_section()
         table.add_row("tokens a rank", f"{at.seq_len:,}", f"{at.local_len:,}")
         ratio = at.saved_bytes / max(at.saved_bytes_one, 1)
@@ -70,6 +75,10 @@ def _print(config: Config, result: CheckResult) -> None:
     micro, layers = config.train.accumulate, config.model.n_layers
     console.print(f"Collectives: payload of one step of {micro} micro-batch(es) through {layers} layers, per rank.",
                   highlight=False)  # fmt: skip
+    if result.work:
+        ratios = ", ".join(f"{ratio:.3f} {order}" for order, ratio in result.work.items())
+        console.print(f"Attention work of the busiest rank over the mean, at {config.data.seq_len:,} tokens: {ratios}.",
+                      highlight=False)  # fmt: skip
     worst = max((at.gradients[at.worst] for at in result.lengths), key=lambda pair: pair[0] / pair[1])
     verdict = "equal to one process" if result.ok else "NOT equal to one process"
     console.print(f"check: {verdict}; worst gradient {worst[0]:.1e}, bound {worst[1]:.0e}", style="bold", highlight=False)

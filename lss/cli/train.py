@@ -30,6 +30,7 @@ def _refuse_early(config: Config, out: Path) -> None:
     from lss.data.loader import EvalLoader, Loader
     from lss.data.sources import ByteCorpus
     from lss.segment import make_segment
+    from lss.train.steps import loader_kind
     from lss.train.trainer import find_resumable
 
     find_resumable(config, out)
@@ -40,9 +41,10 @@ def _refuse_early(config: Config, out: Path) -> None:
     assert isinstance(parallel.cp, int)
     segment = make_segment(config.data.seq_len, cp=parallel.cp, rank=0, order=parallel.order)
     shared = {"seq_len": config.data.seq_len, "dp": parallel.dp, "dp_rank": 0, "segment": segment}
-    Loader(training, batch_size=train.batch_size, accumulate=train.accumulate, seed=train.seed, **shared)
+    kind = loader_kind(config, None)
+    Loader(training, batch_size=train.batch_size, accumulate=train.accumulate, seed=train.seed, **shared, **kind)
     if train.eval_every:
-        EvalLoader(held_out, samples=train.eval_samples, rows_per_batch=1, **shared)
+        EvalLoader(held_out, samples=train.eval_samples, rows_per_batch=1, **shared, **kind)
 
 
 def _train(config: Config, out: Path) -> int:

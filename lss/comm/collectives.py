@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 
 from lss.comm.counter import record
+from lss.segment import Fetch
 
 # torch 2.13 renamed these two and warns about the old names, which are the only ones before it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 R = TypeVar("R")
+KV = tuple[torch.Tensor, torch.Tensor]
 
 
 class Pending(Generic[R]):
@@ -53,7 +55,7 @@ class Communicator:
 
     # -- the two collectives of a layer ------------------------------------------------------------------------------
 
-    def all_gather_kv(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[tuple[torch.Tensor, torch.Tensor]]:
+    def all_gather_kv(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
         """Gather every rank's keys and values in one all-gather.
 
         Returns k and v of shape (B, cp*T, K, H), tokens in rank order, as views of one buffer (tokens outermost, so
@@ -68,7 +70,7 @@ class Communicator:
         work = _all_gather(kv_S2BKH, kv_T2BKH, group=self.group, async_op=True)
         return Pending((work,), lambda: split_kv(kv_S2BKH), kv_T2BKH)
 
-    def reduce_scatter_dkv(self, dkv_S2BKH: torch.Tensor) -> Pending[tuple[torch.Tensor, torch.Tensor]]:
+    def reduce_scatter_dkv(self, dkv_S2BKH: torch.Tensor) -> Pending[KV]:
         """Sum every rank's dK and dV and hand each rank its own tokens' part, in one reduce-scatter.
 
         Takes the buffer of `new_dkv`, tokens in rank order. Returns dk and dv of shape (B, T, K, H).
@@ -80,6 +82,48 @@ class Communicator:
         record("reduce_scatter", "dkv", dkv_S2BKH)
         work = _reduce_scatter(dkv_T2BKH, dkv_S2BKH, group=self.group, async_op=True)
         return Pending((work,), lambda: split_kv(dkv_T2BKH), dkv_S2BKH)
+
+    # -- the same where no rank needs all keys --------------------------------------------------------------------------
+
+    def exchange_kv(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor, fetch: Fetch) -> Pending[KV]:
+        """Fetch the keys and values that this rank's queries see, and no others, in one all-to-all.
+
+        Returns k and v of shape (B, fetch.length, K, H), tokens in the order of the sequence (`fetch.runs` says which).
+        Collectives: one all-to-all; its payload counted here is what this rank receives, its own part included.
+        """
+        kv_T2BKH = torch.stack((k_BTKH.transpose(0, 1), v_BTKH.transpose(0, 1)), dim=1)
+        sent = torch.cat([kv_T2BKH[a:b] for runs in fetch.sends for a, b in runs] or [kv_T2BKH[:0]])
+        received = kv_T2BKH.new_empty(fetch.length, *kv_T2BKH.shape[1:])
+        record("all_to_all", "kv", received)
+        sizes = [sum(b - a for a, b in runs) for runs in fetch.sends]
+        work = dist.all_to_all_single(received, sent, list(fetch.counts), sizes, group=self.group, async_op=True)
+        return Pending((work,), lambda: split_kv(_reordered(received, fetch)), sent)
+
+    def return_dkv(self, dkv_S2BKH: torch.Tensor, fetch: Fetch) -> Pending[KV]:
+        """The adjoint of `exchange_kv`: every rank's dK and dV go back to the tokens' owners, which add them up.
+
+        Takes the buffer of `new_dkv` with tokens as `exchange_kv` returned them; returns dk and dv (B, T, K, H).
+        Collectives: one all-to-all; its payload counted here is what this rank sends, its own part included.
+        """
+        sent = dkv_S2BKH if fetch.sorted else torch.empty_like(dkv_S2BKH)
+        at = 0
+        for a, b in () if fetch.sorted else fetch.pieces:
+            sent[a:b] = dkv_S2BKH[at : at + b - a]
+            at += b - a
+        sizes = [sum(b - a for a, b in runs) for runs in fetch.sends]
+        received = dkv_S2BKH.new_empty(sum(sizes), *dkv_S2BKH.shape[1:])
+        record("all_to_all", "dkv", sent)
+        work = dist.all_to_all_single(received, sent, sizes, list(fetch.counts), group=self.group, async_op=True)
+
+        def result() -> KV:
+            total = received.new_zeros(fetch.local_len, *received.shape[1:])
+            at = 0
+            for a, b in (run for runs in fetch.sends for run in runs):
+                total[a:b] += received[at : at + b - a]
+                at += b - a
+            return split_kv(total)
+
+        return Pending((work,), result, sent)
 
     # -- the rivals' collectives -------------------------------------------------------------------------------------
 
@@ -157,6 +201,11 @@ def new_dkv(like_BTKH: torch.Tensor, length: int) -> torch.Tensor:
     B, _, K, H = like_BTKH.shape
     dtype = torch.promote_types(like_BTKH.dtype, torch.float32)
     return torch.zeros(length, 2, B, K, H, dtype=dtype, device=like_BTKH.device)
+
+
+def _reordered(received: torch.Tensor, fetch: Fetch) -> torch.Tensor:
+    """What came in the order of the ranks, in the order of the sequence; no copy where the two agree."""
+    return received if fetch.sorted else torch.cat([received[a:b] for a, b in fetch.pieces])
 
 
 def split_kv(kv_T2BKH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

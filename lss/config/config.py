@@ -27,6 +27,7 @@ from lss.config.sections import (
     refuse_mismatch,
     show,
 )
+from lss.config.support import refuse_pairs
 
 LARGEST_FILE = 1 << 20  # bytes; a config is a page of text
 
@@ -78,7 +79,9 @@ class Config:
         if self.data.source == "bytes" and model.vocab_size < 256:
             fit = 'data.source="bytes" has ids up to 255; use 256 or more'
             raise refuse("model.vocab_size", model.vocab_size, fit)
+        self._validate_kind()
         self._validate_head_chunks()
+        refuse_pairs(self._features())
         share = parallel.dp * train.accumulate
         if train.batch_size % share:
             low = train.batch_size // share * share
@@ -89,15 +92,56 @@ class Config:
         if isinstance(cp, int):
             self._validate_tensor_parallel(cp)
 
+    def _validate_kind(self) -> None:
+        model, data = self.model, self.data
+        if model.kind == "encoder" and model.vocab_size < 257:
+            fit = 'model.kind="encoder" needs an id for masked bytes, 256; use 257 or more, or preset="tiny-encoder"'
+            raise refuse("model.vocab_size", model.vocab_size, fit)
+        if data.prefix and model.kind != "decoder":
+            raise refuse("data.prefix", data.prefix, f'model.kind="{model.kind}" sees everything already; use 0')
+        if data.prefix >= data.seq_len:
+            fit = f"data.seq_len={data.seq_len} must be longer, or no label is left"
+            raise refuse("data.prefix", data.prefix, fit)
+        if data.packing and model.kind == "encoder_decoder":
+            fit = 'model.kind="encoder_decoder" takes its source from one text; use false'
+            raise refuse("data.packing", "true", fit)
+        if data.packing and self.train.batch_size != self.parallel.dp * self.train.accumulate:
+            fit = (f"packed sequences come one at a time, so parallel.dp={self.parallel.dp} x train.accumulate must be as "
+                   f"many; use train.accumulate={max(1, self.train.batch_size // self.parallel.dp)}")  # fmt: skip
+            raise refuse("train.batch_size", self.train.batch_size, fit)
+
+    def _features(self) -> dict[str, str]:
+        """The features of `lss.config.support` that are on, each with its key and value."""
+        model, parallel, data = self.model, self.parallel, self.data
+        active = {parallel.strategy: f'parallel.strategy="{parallel.strategy}"'}
+        switched = {
+            "balanced": (parallel.order == "balanced", "parallel.order", parallel.order),
+            "regather=False": (not parallel.regather, "parallel.regather", parallel.regather),
+            "documents": (data.packing, "data.packing", data.packing),
+            "prefix": (data.prefix > 0, "data.prefix", data.prefix),
+            "window": (any(model.windows), "model.windows", model.windows),
+            "softcap": (model.softcap > 0, "model.softcap", model.softcap),
+            "alibi_slopes": (model.positions == "alibi", "model.positions", model.positions),
+            "sinks": (model.sinks, "model.sinks", model.sinks),
+            "dropout_p": (model.attention_dropout > 0, "model.attention_dropout", model.attention_dropout),
+            "cross-attention": (model.kind == "encoder_decoder", "model.kind", model.kind),
+            "head_chunks": (parallel.head_chunks not in ("auto", 1), "parallel.head_chunks", parallel.head_chunks),
+        }
+        active |= {name: f"{key}={show(value)}" for name, (on, key, value) in switched.items() if on}
+        if active.keys() >= {"cross-attention"}:
+            # these hold in the self-attention of encoder and decoder, and are left out of the attention between them
+            active = {name: told for name, told in active.items() if name not in ("window", "alibi_slopes", "prefix")}
+        fused = [f for f in ("softcap", "alibi_slopes", "dropout_p") if f in active]
+        if parallel.kernel == "sdpa" and fused:
+            raise refuse("parallel.kernel", '"sdpa"', f'{active[fused[0]]} is not in torch\'s fused kernels; use "auto"')
+        return active
+
     def _validate_head_chunks(self) -> None:
-        chunks, kv_heads, strategy = self.parallel.head_chunks, self.model.n_kv_heads, self.parallel.strategy
+        chunks, kv_heads = self.parallel.head_chunks, self.model.n_kv_heads
         if not isinstance(chunks, int):
             return
         if chunks > kv_heads:
             fit = f'model.n_kv_heads={kv_heads} bounds it; use "auto" or 1 to {kv_heads}'
-            raise refuse("parallel.head_chunks", chunks, fit)
-        if chunks > 1 and strategy != "lss":
-            fit = f'only parallel.strategy="lss" gathers by head chunks; with "{strategy}" use "auto" or 1'
             raise refuse("parallel.head_chunks", chunks, fit)
 
     def _validate_tensor_parallel(self, cp: int) -> None:

@@ -21,6 +21,39 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mlp": "swiglu",
         "tie_embeddings": True,
         "dropout": 0.0,
+        "kind": "decoder",
+        "rope_theta": 10000.0,
+    },
+    # the same for restoring masked bytes, whose id 256 stands for a masked one
+    "tiny-encoder": {
+        "d_model": 128,
+        "n_layers": 4,
+        "n_heads": 8,
+        "n_kv_heads": 4,
+        "d_mlp": 352,
+        "vocab_size": 257,
+        "positions": "rope",
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "tie_embeddings": True,
+        "dropout": 0.0,
+        "kind": "encoder",
+        "rope_theta": 10000.0,
+    },
+    # n_layers of encoder and as many of decoder
+    "tiny-encoder-decoder": {
+        "d_model": 128,
+        "n_layers": 2,
+        "n_heads": 8,
+        "n_kv_heads": 4,
+        "d_mlp": 352,
+        "vocab_size": 256,
+        "positions": "learned",
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "tie_embeddings": True,
+        "dropout": 0.0,
+        "kind": "encoder_decoder",
         "rope_theta": 10000.0,
     },
     # a character model of the size that enwik8 results are usually reported with
@@ -36,6 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mlp": "gelu",
         "tie_embeddings": True,
         "dropout": 0.1,
+        "kind": "decoder",
         "rope_theta": 10000.0,
     },
     # shapes of the published models; weights are drawn afresh
@@ -51,6 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mlp": "swiglu",
         "tie_embeddings": True,
         "dropout": 0.0,
+        "kind": "decoder",
         "rope_theta": 500000.0,
     },
     "llama-3.1-8b": {
@@ -65,6 +100,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mlp": "swiglu",
         "tie_embeddings": False,
         "dropout": 0.0,
+        "kind": "decoder",
         "rope_theta": 500000.0,
     },
 }

@@ -18,7 +18,7 @@ class Key:
     """What one key may be.
 
     Attributes:
-        kind: bool, int, float or str.
+        kind: bool, int, float, str, or list for whole numbers in brackets.
         meaning: for the generated table.
         low, high: inclusive range of numbers.
         choices: allowed strings; for an int key, strings allowed besides numbers ("auto").
@@ -38,6 +38,8 @@ class Key:
             return value
         if value in self.later and type(value) in (str, bool):
             raise refuse(name, show(value), f"not supported in this version; use {self.describe()}")
+        if self.kind is list:
+            return self._check_list(name, value)
         fits = type(value) is self.kind or (self.kind is float and type(value) is int)
         if not fits or (self.kind is str and self.choices):
             raise refuse(name, show(value), f"use {self.describe()}{self._in_quotes(name, value)}")
@@ -46,6 +48,14 @@ class Key:
             bound = f" (at most {LARGEST})" if value > self.high == LARGEST else ""
             raise refuse(name, show(value), f"use {self.describe()}{bound}")
         return float(value) if self.kind is float else value
+
+    def _check_list(self, name: str, value: Any) -> tuple[int, ...]:
+        """A tuple of whole numbers; one number stands for a list of one."""
+        values = value if isinstance(value, list | tuple) else [value]
+        for entry in values:
+            if type(entry) is not int or not self.low <= entry <= self.high:
+                raise refuse(name, show(value), f"use {self.describe()}")
+        return tuple(values)
 
     def _in_quotes(self, name: str, value: Any) -> str:
         """How to write text that looks like a number, a path 2024 for one."""
@@ -56,7 +66,9 @@ class Key:
     def describe(self) -> str:
         """What fits, in words."""
         words = [f'"{choice}"' for choice in self.choices]
-        if self.kind is bool:
+        if self.kind is list:
+            words = [f"whole numbers in brackets, each {_number(self.low)} or more"]
+        elif self.kind is bool:
             words = [str(v).lower() for v in (False, True) if v not in self.later]
         elif self.kind in (int, float):
             number = "a whole number" if self.kind is int else "a number"
@@ -78,6 +90,7 @@ def show(value: Any) -> str:
     except (ValueError, RecursionError):  # Python writes out no whole number of thousands of digits
         text = f"({type(value).__name__} too large to show)"
     text = text.lower() if isinstance(value, bool) else text
+    text = str(list(value)) if isinstance(value, tuple) else text
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -104,11 +117,19 @@ class ModelConfig:
     n_kv_heads: int = _shape("n_kv_heads", int, "key and value heads; divide n_heads", low=1)
     d_mlp: int = _shape("d_mlp", int, "hidden width of the MLP", low=1)
     vocab_size: int = _shape("vocab_size", int, "token ids are below this; 256 or more for bytes", low=1)
-    positions: str = _shape("positions", str, "rotary, or a learned table cut over the ranks", choices=("rope", "learned"))
+    positions: str = _shape("positions", str, "rotary, a learned table cut over the ranks, or ALiBi's slopes",
+                            choices=("rope", "learned", "alibi"))  # fmt: skip
     norm: str = _shape("norm", str, "normalisation before attention, MLP and logits", choices=("rmsnorm", "layernorm"))
     mlp: str = _shape("mlp", str, "kind of MLP", choices=("swiglu", "gelu"))
     tie_embeddings: bool = _shape("tie_embeddings", bool, "one matrix for token embedding and logits")
     dropout: float = _shape("dropout", float, "rate after embedding, attention and MLP", low=0, high=0.99)
+    kind: str = _shape("kind", str, "decoder: next token; encoder: masked tokens; encoder_decoder: from source to text",
+                       choices=("decoder", "encoder", "encoder_decoder"))  # fmt: skip
+    windows: tuple[int, ...] = _key((), list, "keys that a layer's queries see, layer by layer and again from the first; "
+                                    "0 or none given: all", low=0)  # fmt: skip
+    softcap: float = _key(0.0, float, "bound c of attention scores, c tanh(s / c); 0: none", low=0)
+    sinks: bool = _key(False, bool, "a learned logit a head that takes part in the softmax only")
+    attention_dropout: float = _key(0.0, float, "rate of dropout of attention's probabilities", low=0, high=0.99)
     rope_theta: float = _shape("rope_theta", float, "base of the rotary frequencies", low=1)
     hf: str = _key("", str, "Hugging Face model; empty: the reference decoder")
 
@@ -121,11 +142,11 @@ class ParallelConfig:
     dp: int = _key(1, int, "groups of ranks that take different sequences", low=1)
     strategy: str = _key("lss", str, "algorithm of the cp axis", choices=("lss", "ring", "ulysses", "tp"))
     order: str = _key("head_tail", str, "which tokens are a rank's",
-                      choices=("head_tail", "contiguous"), later=("balanced",))  # fmt: skip
+                      choices=("head_tail", "contiguous", "balanced"))  # fmt: skip
     head_chunks: int | str = _key("auto", int, "groups of key heads gathered one after another", low=1, choices=("auto",))
     regather: bool = _key(True, bool, "backward gathers keys and values again instead of keeping them")
     fsdp: bool = _key(False, bool, "shard parameters over the ranks", later=(True,))
-    kernel: str = _key("auto", str, "attention on one device", choices=("auto", "reference", "sdpa"))
+    kernel: str = _key("auto", str, "attention on one device", choices=("auto", "reference", "sdpa", "tiled"))
 
 
 @dataclass(frozen=True)
@@ -144,6 +165,11 @@ class DataConfig:
     source: str = _key("bytes", str, "how files become tokens", choices=("bytes",))
     path: str = _key("", str, "file, folder or glob; empty: the running Python's standard-library sources")
     seq_len: int = _key(512, int, "S, labels per sequence; S+1 tokens are read", low=1)
+    packing: bool = _key(False, bool, "each file is a document; documents, or pieces of longer ones, are packed into "
+                         "sequences and see only themselves")  # fmt: skip
+    prefix: int = _key(0, int, "tokens at the start of each sequence or document that see each other; not trained on", low=0)
+    mask_rate: float = _key(0.15, float, "share of tokens that an encoder is to restore", low=0.001, high=0.999)
+    source_every: int = _key(2, int, "an encoder_decoder's source is each n-th byte of its text", low=1)
     held_out: float = _key(0.05, float, "fraction of the corpus, at its end, kept for evaluation", low=1e-6, high=0.5)
 
 
@@ -254,5 +280,6 @@ def nearest(whole: int, wanted: int) -> str:
 
 
 def as_plain(section: Any) -> dict[str, Any]:
-    """A section's values by key."""
-    return {f.name: getattr(section, f.name) for f in fields(section)}
+    """A section's values by key, as JSON would have them."""
+    values = {f.name: getattr(section, f.name) for f in fields(section)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -10,15 +10,17 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm import Communicator
 from lss.config.errors import refuse
+from lss.config.support import refuse_pairs
+from lss.context_parallel.checks import check_rules, check_shapes
 from lss.context_parallel.loss import cross_entropy
 from lss.context_parallel.lss import lss_attention
 from lss.context_parallel.ring import ring_attention
-from lss.context_parallel.sharding import make_segment, segment_for, shard, unshard
+from lss.context_parallel.sharding import kv_segment_for, make_segment, segment_for, shard, unshard
 from lss.context_parallel.spec import AttentionSpec
 from lss.context_parallel.ulysses import ulysses_attention
-from lss.kernels import pick_kernel
+from lss.kernels import MaskMod, Rules, keep_rows, make_work, pick_kernel
 from lss.mesh import axis_group
-from lss.segment import Segment
+from lss.segment import Segment, plan_fetch
 
 __all__ = [
     "STRATEGIES",
@@ -32,8 +34,9 @@ __all__ = [
     "unshard",
 ]
 
-# The one table of algorithms. All take (q, k, v, spec) and return this rank's outputs.
-STRATEGIES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionSpec], torch.Tensor]] = {
+Strategy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, AttentionSpec], torch.Tensor]
+# The one table of algorithms. All take (q, k, v, sinks, spec) and return this rank's outputs.
+STRATEGIES: dict[str, Strategy] = {
     "lss": lss_attention,
     "ring": ring_attention,
     "ulysses": ulysses_attention,
@@ -62,10 +65,20 @@ def attention(
     kernel: str = "auto",
     seq_len: int | None = None,
     seg: Segment | None = None,
+    kv_seg: Segment | None = None,
+    kv_seq_len: int | None = None,
+    prefix: int | torch.Tensor = 0,
+    attention_mask: torch.Tensor | None = None,
+    mask_mod: MaskMod | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    samples: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact attention over a sequence that is cut over the mesh's "cp" axis; differentiable.
 
-        out = softmax(scale Q K^T + mask) V,  Q: this rank's tokens,  K, V: all tokens
+        s_ij = scale q_i . k_j, soft-capped, minus alibi_slopes[head] |i - j|
+        out_i = sum over visible j of dropout(softmax(s_i)_j) v_j,  i: this rank's tokens,  j: all tokens
 
     Args:
         q: (B, T, N, H), this rank's queries, cut by `lss.shard`; float64, float32, bfloat16 or float16.
@@ -73,62 +86,123 @@ def attention(
         mesh: from `lss.init_mesh`.
         order: the order the tensors were cut in.
         causal: a query sees keys at its own position and before.
+        window: a query sees keys with 0 <= i - j < window (both sides when not causal), its own included.
+        cu_seqlens: int32, global borders of packed documents, 0 first and the true S last; batch 1. Documents do not see
+            each other.
         scale: factor on the scores; 1 / sqrt(H) by default.
+        dropout_p: probability with which an element of the softmax is dropped; `seed` is then needed, and folds the
+            run's seed, the step and the layer. The bit is a hash of (seed, sample, head, i, j): the same for any cut.
         head_chunks: how many groups of key heads are gathered one after another ("lss" only); "auto" keeps a
             gather near 1 GiB. More chunks, less memory.
         regather: backward gathers K and V again instead of keeping them from forward.
         strategy: "lss", "ring" or "ulysses".
-        kernel: "auto", "reference", "sdpa" (see `lss.kernels`).
+        kernel: "auto", "sdpa" or a name of `lss.kernels.KERNELS`.
         seq_len: the true S where `lss.shard` had to pad.
-        seg: the segment to compute by, instead of `order` and `seq_len`.
-        window, cu_seqlens, dropout_p, seed: sliding windows, packed documents and attention dropout are refused in
-            this version, never ignored.
+        seg: the segment to compute by, instead of `order`, `seq_len` and `cu_seqlens`; with `make_segment(S, None)` the
+            queries are whole on every rank.
+        kv_seg: the segment of the keys where they are another sequence's (cross-attention; causal=False). One made with
+            `make_segment(S_kv, None)` says that k and v are whole on every rank. Document d of the queries then sees
+            document d of the keys.
+        kv_seq_len: instead of `kv_seg`, the true length of another sequence that is cut in `order`.
+        prefix: the first `prefix` tokens of the sequence (of each document) see each other as if not causal; or an
+            integer tensor, one number for each document or for each row.
+        attention_mask: (B, S), the same on every rank; 0 or False is padding, which is seen by nobody and sees nothing. In
+            cross-attention (B, S_kv), for the keys.
+        mask_mod: (b, h, i, j) -> bool tensor, as for torch's flex_attention, with global i and j; what it and all other
+            masks allow is seen. Tiles of scores that it empties are not computed.
+        softcap: c > 0 makes scores c tanh(s / c).
+        alibi_slopes: (N,) or sequence of N.
+        sinks: (N,), a logit that takes part in each head's softmax and has value 0; may require a gradient, which is this
+            rank's share of a sum over ranks.
+        samples: (B,) int64, the rows' numbers in the global batch, which key dropout; by default those of a batch that the
+            dp ranks share in order.
 
     Returns:
-        (B, T, N, H) in q's dtype: the outputs of this rank's queries; 0 at padding.
+        (B, T, N, H) in q's dtype: the outputs of this rank's queries; 0 at padding and where nothing is seen.
 
     Collectives: see the strategy's own function; "lss" issues one all-gather of K and V in forward and one
-    reduce-scatter of dK and dV in backward, 2*B*S*K*H elements each, and one more all-gather with `regather`.
+    reduce-scatter of dK and dV in backward, 2*B*S*K*H elements each, and one more all-gather with `regather`; with a
+    window or documents all-to-alls of only what is seen in their place.
 
     Raises:
         Refused: anything that would not be computed exactly, in a sentence that names it.
     """
-    _refuse_unsupported(window, cu_seqlens, dropout_p, seed)
-    _check_shapes(q, k, v)
+    check_shapes(q, k, v)
     comm = Communicator(axis_group(mesh, ("cp",)))
-    options = AttentionOptions(strategy, causal, scale, head_chunks, regather, kernel)
-    return attend(q, k, v, segment_for(q, comm, order, seq_len, seg), comm, options)
+    segment = segment_for(q, comm, order, seq_len, seg, cu_seqlens)
+    kv_segment = kv_segment_for(k, comm, segment, order, kv_seg, kv_seq_len)
+    if dropout_p and samples is None:
+        first = Communicator(axis_group(mesh, ("dp",))).rank * q.shape[0]
+        samples = first + torch.arange(q.shape[0], device=q.device)
+    keep = None if attention_mask is None else keep_rows(attention_mask)
+    rules = Rules(
+        causal, window, scale, prefix if isinstance(prefix, int) else tuple(torch.as_tensor(prefix).tolist()), keep,
+        softcap, None if alibi_slopes is None else torch.as_tensor(alibi_slopes, device=q.device), mask_mod,
+        None if sinks is None else torch.as_tensor(sinks, device=q.device), dropout_p, seed, samples,
+    )  # fmt: skip
+    check_rules(rules, q, segment, kv_segment, attention_mask)
+    options = AttentionOptions(strategy, head_chunks, regather, kernel)
+    return attend(q, k, v, rules, segment=segment, kv_segment=kv_segment, comm=comm, options=options)
 
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """The user's choices for `attend`, by the names and with the meanings of `attention`."""
+    """How attention is computed, by the names and with the meanings of `attention`; it does not change the result."""
 
     strategy: str = "lss"
-    causal: bool = True
-    scale: float | None = None
     head_chunks: int | str = "auto"
     regather: bool = True
     kernel: str = "auto"
 
+    def features(self) -> dict[str, str]:
+        """The features of `lss.config.support` that these are, each with its setting and value."""
+        active = {self.strategy: f"strategy={self.strategy!r}"}
+        if isinstance(self.head_chunks, int) and self.head_chunks > 1:
+            active["head_chunks"] = f"head_chunks={self.head_chunks}"
+        if not self.regather:
+            active["regather=False"] = "regather=False"
+        if self.kernel not in ("auto", "sdpa"):
+            active[self.kernel] = f"kernel={self.kernel!r}"
+        return active
+
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment, comm: Communicator, options: AttentionOptions
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rules: Rules,
+    *,
+    segment: Segment,
+    comm: Communicator,
+    options: AttentionOptions,
+    kv_segment: Segment | None = None,
 ) -> torch.Tensor:
-    """`attention` where segment and group are known: decide what is left open and run the strategy."""
+    """`attention` where rules, segments and group are known: decide what is left open and run the strategy."""
+    strategy = pick_strategy(options.strategy)
+    features = {} if kv_segment is None else {"cross-attention": f"kv_seg of {kv_segment.seq_len} tokens"}
+    features |= rules.features()
+    if segment.cp > 1:
+        features[segment.order] = f"order={segment.order!r}"
+    if segment.edges:
+        features["documents"] = f"cu_seqlens of {len(segment.edges) - 1} documents"
+    refuse_pairs(features | options.features())
+    keys = kv_segment or segment
+    # the masks of the whole sequence, which every rank's fetch is planned by
+    work = make_work(pick_kernel(options.kernel, q, features), rules, segment, keys, q, kv_segment is not None)
+    cut = comm.size > 1 and keys.cp > 1 and options.strategy == "lss"
     spec = AttentionSpec(
         segment=segment,
+        keys=keys,
         comm=comm,
-        kernel=pick_kernel(options.kernel, q),
-        causal=options.causal,
-        scale=q.shape[-1] ** -0.5 if options.scale is None else options.scale,
-        head_chunks=count_head_chunks(options.head_chunks, options.strategy, k, comm.size),
+        work=work,
+        fetch=plan_fetch(segment, keys, tuple(mask for _, mask in work.masks)) if cut else None,
+        head_chunks=count_head_chunks(options.head_chunks, options.strategy, k, keys.cp),
         regather=options.regather,
     )
-    return pick_strategy(options.strategy)(q, k, v, spec)
+    return strategy(q, k, v, rules.sinks, spec)
 
 
-def pick_strategy(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionSpec], torch.Tensor]:
+def pick_strategy(name: str) -> Strategy:
     """The algorithm of this name, or a refusal that says what there is."""
     if name == "tp":
         fit = "tensor parallelism cuts a whole model; use lss.parallelize(model, mesh, strategy='tp')"
@@ -150,29 +224,3 @@ def count_head_chunks(wanted: int | str, strategy: str, k_BTKH: torch.Tensor, cp
         fit = f"only strategy 'lss' gathers by head chunks; with {strategy!r} use 'auto' or 1"
         raise refuse("head_chunks", wanted, fit)
     return wanted
-
-
-def _refuse_unsupported(window: int | None, cu_seqlens: torch.Tensor | None, dropout_p: float, seed: int | None) -> None:
-    if window is not None:
-        raise refuse("window", window, "sliding windows are not supported in this version; use None")
-    if cu_seqlens is not None:
-        raise refuse("cu_seqlens", "a tensor", "packed documents are not supported in this version; give one")
-    if dropout_p != 0.0:
-        fit = "no kernel of this version has attention dropout keyed by position; use 0.0"
-        raise refuse("dropout_p", dropout_p, fit)
-    if seed is not None:
-        raise refuse("seed", seed, "it keys attention dropout, which this version does not have; use None")
-
-
-def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise refuse(name, tuple(x.shape), "give four dimensions (batch, tokens, heads, head size)")
-        if x.dtype != q.dtype or not x.is_floating_point():
-            raise refuse(name, x.dtype, f"q, k and v must have one floating point dtype; q has {q.dtype}")
-    if k.shape != v.shape:
-        raise refuse("v", tuple(v.shape), f"k and v must have one shape; k has {tuple(k.shape)}")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise refuse("k", tuple(k.shape), f"batch, tokens and head size must be those of q, {tuple(q.shape)}")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise refuse("q", tuple(q.shape), f"its heads must be a multiple of the {k.shape[2]} key heads")

@@ -12,28 +12,30 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lss.comm.collectives import new_dkv, split_kv
-from lss.context_parallel.spec import AttentionSpec, lse_like
-from lss.kernels.merge import merge
-from lss.segment import Segment
+from lss.context_parallel.spec import AttentionSpec
+from lss.kernels.blocks import add_sinks_, no_keys_yet, sinks_gradient
+from lss.segment import LocalRun
 
 
-def ring_attention(q_BTNH: torch.Tensor, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+def ring_attention(
+    q_BTNH: torch.Tensor,
+    k_BTKH: torch.Tensor,
+    v_BTKH: torch.Tensor,
+    sinks_N: torch.Tensor | None,
+    spec: AttentionSpec,
+) -> torch.Tensor:
     """Attention of this rank's queries to all keys of the sequence; out (B, T, N, H), 0 at padding.
 
     Collectives: cp-1 exchanges of 2*B*T*K*H elements in forward; in backward as many again (none without `regather`)
     and cp exchanges of dK and dV (float32 for half precision).
     Memory: two segments of K and V; without `regather` all of them until backward.
     """
-    return _RingAttention.apply(q_BTNH, k_BTKH, v_BTKH, spec)
+    return _RingAttention.apply(q_BTNH, k_BTKH, v_BTKH, sinks_N, spec)
 
 
-def _pairs(mine: Segment, theirs: Segment, causal: bool) -> Iterator[tuple[slice, slice, bool]]:
-    """(local queries, local keys of the other segment, on the diagonal) of every pair of runs with scores to compute."""
-    for q_start, q_stop, q_first, _ in mine.local_runs:
-        for k_start, k_stop, k_first, _ in theirs.local_runs:
-            # runs of two segments are equal or disjoint, so the whole of one lies before or after the other
-            if not causal or k_first <= q_first:
-                yield slice(q_start, q_stop), slice(k_start, k_stop), causal and k_first == q_first
+def _held(step: int, spec: AttentionSpec) -> tuple[LocalRun, ...]:
+    """The tokens whose keys this rank holds after `step` exchanges."""
+    return spec.segment.peer((spec.segment.rank - step) % spec.comm.size).local_runs
 
 
 def _travel(first: torch.Tensor, spec: AttentionSpec, kept: list[torch.Tensor] | None) -> Iterator[torch.Tensor]:
@@ -51,55 +53,37 @@ def _travel(first: torch.Tensor, spec: AttentionSpec, kept: list[torch.Tensor] |
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, spec: AttentionSpec):
-        lse = lse_like(q)
+    def forward(ctx, q, k, v, sinks, spec: AttentionSpec):
+        lse = no_keys_yet(q)
         out = torch.zeros_like(q, dtype=lse.dtype)
         kept = []
         fused = torch.stack((k.transpose(0, 1), v.transpose(0, 1)), dim=1)
         for step, kv in enumerate(_travel(fused, spec, None)):
             keys, values = split_kv(kv)
-            theirs = spec.segment.peer((spec.segment.rank - step) % spec.comm.size)
-            for rows, seen, diagonal in _pairs(spec.segment, theirs, spec.causal):
-                part = spec.kernel.forward(
-                    q[:, rows], keys[:, seen], values[:, seen], causal=diagonal, scale=spec.scale
-                )
-                out[:, rows], lse[:, :, rows] = merge(out[:, rows], lse[:, :, rows], *part)
+            spec.work.forward(out, lse, q, keys, values, _held(step, spec), merging=True)
             if not spec.regather:
                 kept.append(kv)
+        add_sinks_(out, lse, sinks)
         out = out.to(q.dtype)
         ctx.spec = spec
-        ctx.save_for_backward(q, fused, out, lse, *kept)
+        ctx.save_for_backward(q, fused, sinks, out, lse, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         spec: AttentionSpec = ctx.spec
-        q, fused, out, lse, *kept = ctx.saved_tensors
+        q, fused, sinks, out, lse, *kept = ctx.saved_tensors
         dq = torch.zeros_like(q, dtype=lse.dtype)
         pending = None
         for step, kv in enumerate(_travel(fused, spec, kept)):
             keys, values = split_kv(kv)
-            theirs = spec.segment.peer((spec.segment.rank - step) % spec.comm.size)
             part = new_dkv(keys, keys.shape[1])
-            dk, dv = split_kv(part)
-            for rows, seen, diagonal in _pairs(spec.segment, theirs, spec.causal):
-                grads = spec.kernel.backward(
-                    dout[:, rows],
-                    q[:, rows],
-                    keys[:, seen],
-                    values[:, seen],
-                    out[:, rows],
-                    lse[:, :, rows],
-                    causal=diagonal,
-                    scale=spec.scale,
-                )
-                dq[:, rows] += grads[0]
-                dk[:, seen] += grads[1]
-                dv[:, seen] += grads[2]
+            spec.work.backward(dq, *split_kv(part), dout, q, keys, values, out, lse, _held(step, spec))
             # what the ranks before this one added for the same segment arrives while this rank computes its share
             dkv = part if pending is None else pending.wait() + part
             pending = spec.comm.shift(dkv, "dkv")
         assert pending is not None
         dk, dv = split_kv(pending.wait())
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None
+        grads = (x.to(q.dtype) for x in (dq, dk, dv))
+        return *grads, sinks_gradient(dout, out, lse, sinks), None

@@ -11,28 +11,37 @@ from lss.config.errors import Refused, refuse
 from lss.mesh import axis_group
 from lss.segment import Segment
 from lss.segment import make_segment as _make_segment
+from lss.segment.documents import document_edges
 
 IGNORE_INDEX = -100
 
 
 def make_segment(
-    seq_len: int, mesh: DeviceMesh, order: str = "head_tail", cu_seqlens: torch.Tensor | None = None
+    seq_len: int,
+    mesh: DeviceMesh | None,
+    order: str = "head_tail",
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
 ) -> Segment:
     """This rank's segment of a sequence of `seq_len` tokens: global positions, index maps and attention blocks.
 
     Args:
         seq_len: S, any length >= 1; it is padded inside so that all ranks hold equally many tokens.
-        mesh: from `init_mesh`; its "cp" axis shares the sequence.
-        order: "head_tail" (balanced under a causal mask) or "contiguous".
-        cu_seqlens: packed documents; refused in this version.
+        mesh: from `init_mesh`; its "cp" axis shares the sequence. None: every rank holds it whole (cross-attention).
+        order: "head_tail" (equal work under a causal mask), "contiguous", or "balanced" (equal work for packed documents).
+        cu_seqlens: int32, borders of packed documents: 0, the end of each, last `seq_len`; tokens of one document do
+            not see another's.
+        causal, window: the mask that "balanced" counts work by.
 
     Raises:
-        Refused: an unknown order, a length below 1, packed documents.
+        Refused: an unknown order, a length below 1, borders that do not fit.
     """
-    if cu_seqlens is not None:
-        raise refuse("cu_seqlens", "a tensor", "packed documents are not supported in this version; give one document")
-    comm = Communicator(axis_group(mesh, ("cp",)))
-    return _make_segment(seq_len, cp=comm.size, rank=comm.rank, order=order)
+    comm = Communicator(None if mesh is None else axis_group(mesh, ("cp",)))
+    return _make_segment(
+        seq_len, cp=comm.size, rank=comm.rank, order=order, cu_seqlens=cu_seqlens, causal=causal, window=window
+    )
 
 
 def shard(
@@ -57,7 +66,7 @@ def shard(
 
     Collectives: none. Differentiable: the gradient of `x` is this rank's part of it, 0 elsewhere.
     """
-    seg = seg or make_segment(x.shape[dim], mesh, order)
+    seg = seg or _segment_of_order(x.shape[dim], Communicator(axis_group(mesh, ("cp",))), order)
     if x.shape[dim] != seg.seq_len:
         raise refuse("x", tuple(x.shape), f"its size along dim {dim} is not the segment's seq_len {seg.seq_len}")
     if pad_value is None:
@@ -98,7 +107,7 @@ def unshard(
     comm = Communicator(axis_group(mesh, ("cp",)))
     if seg is None:
         padded = x_local.shape[dim] * comm.size
-        seg = _make_segment(length if length is not None else padded, cp=comm.size, rank=comm.rank, order=order)
+        seg = _segment_of_order(length if length is not None else padded, comm, order)
         if seg.padded_len != padded:
             raise refuse(
                 "length", length, f"{comm.size} ranks hold {x_local.shape[dim]} tokens each, which is no cut of it in "
@@ -106,6 +115,8 @@ def unshard(
             )  # fmt: skip
     elif x_local.shape[dim] != seg.local_len:
         raise refuse("x_local", tuple(x_local.shape), f"dim {dim} is not the segment's {seg.local_len} tokens")
+    if seg.cp == 1:
+        return x_local  # whole on every rank
     gathered = _Unshard.apply(x_local, dim, comm)
     return seg.reorder(gathered, dim % x_local.dim(), seg.chunk_order).narrow(dim, 0, seg.seq_len)
 
@@ -123,18 +134,74 @@ class _Unshard(torch.autograd.Function):
         return ctx.comm.reduce_scatter(grad, ctx.dim, "unshard").wait(), None, None
 
 
-def segment_for(q: torch.Tensor, comm: Communicator, order: str, seq_len: int | None, seg: Segment | None) -> Segment:
+def _segment_of_order(
+    seq_len: int, comm: Communicator, order: str, cu_seqlens: torch.Tensor | None = None
+) -> Segment:
+    if order == "balanced":
+        raise refuse("order", order, "it deals out tokens by their documents; make a segment with lss.make_segment and give "
+                     "it as seg")  # fmt: skip
+    return _make_segment(seq_len, cp=comm.size, rank=comm.rank, order=order, cu_seqlens=cu_seqlens)
+
+
+def segment_for(
+    q: torch.Tensor,
+    comm: Communicator,
+    order: str,
+    seq_len: int | None,
+    seg: Segment | None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> Segment:
     """The segment that local tensors of q's length were cut by; refuses a length that does not fit them."""
     T = q.shape[1]
     if seg is None:
-        seg = _make_segment(T * comm.size if seq_len is None else seq_len, cp=comm.size, rank=comm.rank, order=order)
-    elif (seg.cp, seg.rank) != (comm.size, comm.rank):
-        raise Refused(f"seg is rank {seg.rank} of {seg.cp}, but this is rank {comm.rank} of cp={comm.size}.")
+        if seq_len is None:
+            seq_len = T * comm.size if cu_seqlens is None else int(cu_seqlens[-1])
+        seg = _segment_of_order(seq_len, comm, order, cu_seqlens)
+    elif cu_seqlens is not None and document_edges(cu_seqlens, seg.seq_len) != seg.documents:
+        raise refuse("cu_seqlens", "a tensor", "the segment given was made with other documents; give them to make_segment")
     elif seq_len not in (None, seg.seq_len):
         raise refuse("seq_len", seq_len, f"the segment given is of a sequence of {seg.seq_len}")
+    else:
+        _check_place("seg", seg, comm)
     if seg.local_len != T:
         raise refuse(
-            "seq_len", seg.seq_len, f"cut over cp={comm.size} in {seg.order!r} order it gives {seg.local_len} tokens a "
+            "seq_len", seg.seq_len, f"cut over cp={seg.cp} in {seg.order!r} order it gives {seg.local_len} tokens a "
             f"rank, but q has {T}; cut with lss.shard and pass the true length as seq_len"
         )  # fmt: skip
+    if seg.edges and q.shape[0] != 1:
+        fit = f"packed sequences come one at a time, but q has batch {q.shape[0]}"
+        raise refuse("cu_seqlens", f"{len(seg.edges) - 1} documents", fit)
     return seg
+
+
+def kv_segment_for(
+    k: torch.Tensor, comm: Communicator, queries: Segment, order: str, kv_seg: Segment | None, kv_seq_len: int | None
+) -> Segment | None:
+    """The segment of the keys in cross-attention; None in self-attention, where it is that of the queries."""
+    T = k.shape[1]
+    if kv_seg is None and kv_seq_len is None:
+        if queries.local_len != T:
+            fit = f"q has {queries.local_len} tokens a rank; for keys of another sequence give kv_seg or kv_seq_len"
+            raise refuse("k", tuple(k.shape), fit)
+        if queries.cp != comm.size:
+            fit = f"queries that are whole on cp={comm.size} ranks need a kv_seg"
+            raise refuse("seg", f"a segment of cp={queries.cp}", fit)
+        return None
+    if kv_seg is None:
+        assert kv_seq_len is not None
+        kv_seg = _segment_of_order(kv_seq_len, comm, order)
+    elif kv_seq_len not in (None, kv_seg.seq_len):
+        raise refuse("kv_seq_len", kv_seq_len, f"the kv_seg given is of a sequence of {kv_seg.seq_len}")
+    _check_place("kv_seg", kv_seg, comm)
+    if kv_seg.local_len != T:
+        fit = f"over cp={kv_seg.cp} it gives {kv_seg.local_len} tokens a rank, but k has {T}"
+        raise refuse("kv_seq_len", kv_seg.seq_len, fit)
+    if len(kv_seg.documents) != len(queries.documents):
+        fit = f"the queries have {len(queries.documents) - 1}; document d of the queries sees document d of the keys"
+        raise refuse("kv_seg", f"{len(kv_seg.documents) - 1} documents", fit)
+    return kv_seg
+
+
+def _check_place(name: str, seg: Segment, comm: Communicator) -> None:
+    if seg.cp > 1 and (seg.cp, seg.rank) != (comm.size, comm.rank):
+        raise Refused(f"{name} is rank {seg.rank} of {seg.cp}, but this is rank {comm.rank} of cp={comm.size}.")

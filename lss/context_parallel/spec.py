@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
-
 from lss.comm import Communicator
-from lss.kernels import Kernel
-from lss.segment import Segment
+from lss.kernels import Work
+from lss.segment import Fetch, Segment
 
 
 @dataclass(frozen=True)
@@ -17,20 +15,20 @@ class AttentionSpec:
     """One attention call over a cut sequence, with everything that has been decided about it.
 
     Attributes:
-        segment: this rank's part of the sequence.
+        segment: the queries that this rank holds.
+        keys: the keys that this rank holds; the same segment in self-attention.
         comm: the cp group.
-        kernel: what computes on one device.
-        causal: whether a query sees only keys at its own position and before.
-        scale: factor on the scores.
+        work: what this rank's queries compute, for all heads.
+        fetch: which keys travel where; None where every rank gathers all of them.
         head_chunks: in how many nearly even groups the key heads are taken one after another.
         regather: backward fetches keys and values again instead of keeping them.
     """
 
     segment: Segment
+    keys: Segment
     comm: Communicator
-    kernel: Kernel
-    causal: bool
-    scale: float
+    work: Work
+    fetch: Fetch | None = None
     head_chunks: int = 1
     regather: bool = True
 
@@ -40,10 +38,3 @@ def head_groups(n_heads: int, n_kv_heads: int, chunks: int) -> list[tuple[slice,
     share = n_heads // n_kv_heads
     edges = [n_kv_heads * i // chunks for i in range(chunks + 1)]
     return [(slice(a * share, b * share), slice(a, b)) for a, b in pairwise(edges)]
-
-
-def lse_like(q_BTNH: torch.Tensor) -> torch.Tensor:
-    """An lse of shape (B, N, T) for which no key has been seen yet: -inf everywhere."""
-    B, T, N, _ = q_BTNH.shape
-    dtype = torch.promote_types(q_BTNH.dtype, torch.float32)
-    return torch.full((B, N, T), float("-inf"), dtype=dtype, device=q_BTNH.device)

@@ -14,10 +14,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lss.context_parallel.spec import AttentionSpec
+from lss.kernels import Work
+from lss.kernels.blocks import add_sinks_, no_keys_yet, sinks_gradient
 
 
 def ulysses_attention(
-    q_BTNH: torch.Tensor, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor, spec: AttentionSpec
+    q_BTNH: torch.Tensor,
+    k_BTKH: torch.Tensor,
+    v_BTKH: torch.Tensor,
+    sinks_N: torch.Tensor | None,
+    spec: AttentionSpec,
 ) -> torch.Tensor:
     """Attention of this rank's queries to all keys of the sequence; out (B, T, N, H), 0 at padding.
 
@@ -25,7 +31,7 @@ def ulysses_attention(
     where key heads go to several ranks; the same two mirrored in backward, and with `regather` the first once more.
     Memory: the whole sequence of this rank's heads; without `regather` kept until backward.
     """
-    return _UlyssesAttention.apply(q_BTNH, k_BTKH, v_BTKH, spec)
+    return _UlyssesAttention.apply(q_BTNH, k_BTKH, v_BTKH, sinks_N, spec)
 
 
 @dataclass(frozen=True)
@@ -119,37 +125,42 @@ class _Exchange:
         return heads // (self.N // self.K) - self.mine.k_start
 
 
+def _my_heads(exchange: _Exchange, sinks: torch.Tensor | None) -> tuple[Work, torch.Tensor | None]:
+    """What my heads compute over the whole sequence, and their sinks."""
+    spec, heads = exchange.spec, exchange.mine.q
+    work = spec.work.of_heads(heads).of_queries(spec.segment.alone().local_runs)
+    return work, None if sinks is None else sinks[heads]
+
+
 class _UlyssesAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, spec: AttentionSpec):
+    def forward(ctx, q, k, v, sinks, spec: AttentionSpec):
         exchange = _Exchange(q.shape, k.shape[2], spec)
         whole = exchange.qkv_to_heads(q, k, v)
         queries, keys, values = whole[0], exchange.spread(whole[1]), exchange.spread(whole[2])
-        out_heads, lse = spec.kernel.forward(queries, keys, values, causal=spec.causal, scale=spec.scale)
+        out_heads, lse = torch.zeros_like(queries), no_keys_yet(queries)
+        work, my_sinks = _my_heads(exchange, sinks)
+        work.forward(out_heads, lse, queries, keys, values, spec.segment.alone().local_runs)
+        add_sinks_(out_heads, lse, my_sinks)
         out = torch.cat(exchange.to_tokens(out_heads, [s.n_q for s in exchange.shares]), dim=2)
         ctx.spec = spec
         ctx.k_shape = k.shape
-        ctx.save_for_backward(out_heads, lse, *((q, k, v) if spec.regather else whole))
+        ctx.save_for_backward(out_heads, lse, sinks, *((q, k, v) if spec.regather else whole))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         spec: AttentionSpec = ctx.spec
-        out_heads, lse, *kept = ctx.saved_tensors
+        out_heads, lse, sinks, *kept = ctx.saved_tensors
         exchange = _Exchange(dout.shape, ctx.k_shape[2], spec)
         queries, keys, values = exchange.qkv_to_heads(*kept) if spec.regather else kept
         dout_heads = exchange.to_heads([dout[:, :, s.q] for s in exchange.shares], exchange.mine.n_q)
-        dq, dk, dv = spec.kernel.backward(
-            dout_heads,
-            queries,
-            exchange.spread(keys),
-            exchange.spread(values),
-            out_heads,
-            lse,
-            causal=spec.causal,
-            scale=spec.scale,
-        )
+        keys, values = exchange.spread(keys), exchange.spread(values)
+        dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (queries, keys, values))
+        work, my_sinks = _my_heads(exchange, sinks)
+        runs = spec.segment.alone().local_runs
+        work.backward(dq, dk, dv, dout_heads, queries, keys, values, out_heads, lse, runs)
         fused = torch.cat((dq, exchange.gather_back(dk), exchange.gather_back(dv)), dim=2)
         parts = exchange.to_tokens(fused, [s.n_q + 2 * s.n_k for s in exchange.shares])
         grad_q = torch.cat([p[:, :, : s.n_q] for p, s in zip(parts, exchange.shares, strict=True)], dim=2)
@@ -158,4 +169,8 @@ class _UlyssesAttention(torch.autograd.Function):
         for part, s in zip(parts, exchange.shares, strict=True):
             grad_k[:, :, s.k] += part[:, :, s.n_q : s.n_q + s.n_k]
             grad_v[:, :, s.k] += part[:, :, s.n_q + s.n_k :]
-        return grad_q.to(dout.dtype), grad_k.to(dout.dtype), grad_v.to(dout.dtype), None
+        dsinks, mine = None, sinks_gradient(dout_heads, out_heads, lse, my_sinks)
+        if mine is not None:  # of my heads over all queries: a share of the sum over ranks, like every gradient
+            dsinks = torch.zeros_like(sinks)
+            dsinks[exchange.mine.q] = mine
+        return *(x.to(dout.dtype) for x in (grad_q, grad_k, grad_v)), dsinks, None

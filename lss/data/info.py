@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lss.data.packing import pack
 from lss.data.sources import ByteCorpus
 
 _BLOCK = 1 << 20  # bytes at a time, so that memory does not grow with the corpus
@@ -28,6 +29,8 @@ def describe(corpus: ByteCorpus, seq_len: int, held_out: float = 0.05) -> dict[s
     counts = np.zeros(256, np.int64)
     for start in range(0, len(corpus), _BLOCK):
         counts += np.bincount(corpus.read(start, min(start + _BLOCK, len(corpus))), minlength=256)
+    documents = training.documents()
+    packed = pack(documents[:, 1] - documents[:, 0], seq_len, seed=0) if len(documents) else None
     share = counts[counts > 0] / len(corpus)
     middle = len(corpus) // 2
     text = corpus.read(middle, min(middle + _SAMPLE, len(corpus))).tobytes().decode("utf-8", "replace")
@@ -43,6 +46,8 @@ def describe(corpus: ByteCorpus, seq_len: int, held_out: float = 0.05) -> dict[s
         "held_out_bytes": len(held),
         f"training_sequences_of_{seq_len}": max(len(training) - 1, 0) // seq_len,
         f"held_out_sequences_of_{seq_len}": max(len(held) - 1, 0) // seq_len,
+        f"packed_sequences_of_{seq_len}": len(packed) if packed else 0,
+        "padding_when_packed": f"{100 * packed.waste:.2f} %" if packed else "",
         "distinct_bytes": int((counts > 0).sum()),
         "bits_per_byte_without_context": round(float((share * np.log2(1 / share)).sum()), 3),
         "digest": corpus.digest,

@@ -6,83 +6,29 @@ layout sees the same sequences in the same steps, before and after a resume.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-
-import numpy as np
-import torch
+from collections.abc import Iterator
+from typing import Unpack
 
 from lss.config.errors import refuse
 from lss.data.permutation import permute
+from lss.data.reader import Batch, Kind, Reader
 from lss.data.sources import Split
 from lss.segment import Segment
 
-IGNORE_INDEX = -100
+__all__ = ["Batch", "EvalLoader", "Loader"]
+
+_ONE_ROW = "packed sequences come one at a time: one row per micro-batch and dp rank, since documents differ by row"
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch as one rank holds it.
-
-    Attributes:
-        tokens: (B, T) int64; 0 at padding.
-        labels: (B, T) int64, each the byte after its token in the whole sequence; -100 where not counted.
-        positions: (T,) int64, global.
-        slots: (B,) int64, each row's place in the step's global batch; keys dropout.
-        sample_ids: (B,) int64, each row's number in the loader's order of samples: (step - 1) * batch_size + slot in
-            training, where it counts on through the epochs; the slot in evaluation, and -1 for a row of padding.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    sample_ids: torch.Tensor
-
-
-class _Reader:
-    """Reads samples of one split as one rank's segment has them; counts the bytes it reads."""
-
-    def __init__(self, split: Split, seq_len: int, segment: Segment) -> None:
-        if segment.seq_len != seq_len:
-            raise refuse("seq_len", seq_len, f"the segment is of sequences of {segment.seq_len}")
-        self.split, self.seq_len, self.segment = split, seq_len, segment
-        self.samples = split.samples(seq_len)
-        self.bytes_read = 0
-
-    def row(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, labels) of this rank, (T,) int64 each. A run of tokens costs one byte more, its last label."""
-        tokens = np.zeros(self.segment.local_len, np.int64)
-        labels = np.full(self.segment.local_len, IGNORE_INDEX, np.int64)
-        for local, local_stop, start, stop in self.segment.local_runs:
-            offset = sample * self.seq_len
-            run = self.split.read(offset + start, offset + stop + 1)
-            self.bytes_read += len(run)
-            tokens[local:local_stop], labels[local:local_stop] = run[:-1], run[1:]
-        return tokens, labels
-
-    def rows(self, samples: Sequence[int | None], slots: Sequence[int], first_id: int = 0) -> Batch:
-        """A batch of these samples, numbered first_id + slot; None is a row of padding, of which no label counts."""
-        empty = (np.zeros(self.segment.local_len, np.int64), np.full(self.segment.local_len, IGNORE_INDEX, np.int64))
-        rows = [empty if sample is None else self.row(sample) for sample in samples]
-        numbers = [-1 if sample is None else first_id + slot for sample, slot in zip(samples, slots, strict=True)]
-        return Batch(
-            tokens=torch.from_numpy(np.stack([tokens for tokens, _ in rows])),
-            labels=torch.from_numpy(np.stack([labels for _, labels in rows])),
-            positions=self.segment.positions,
-            slots=torch.tensor(list(slots), dtype=torch.int64),
-            sample_ids=torch.tensor(numbers, dtype=torch.int64),
-        )
-
-
-class Loader(_Reader):
+class Loader(Reader):
     """Training batches: every epoch a permutation of the split's samples.
 
     The step's `batch_size` slots are filled in the order of the epoch; micro-batch m of dp rank d takes the slots
-    [m * B + d * b, ... + b), with B = batch_size / accumulate and b = B / dp.
+    [m * B + d * b, ... + b), with B = batch_size / accumulate and b = B / dp. `kind` says what is made of the text:
+    packed documents, a prefix, masked tokens or an encoder's source (see `Reader`).
 
     Raises:
-        Refused: the split is too short, or batch_size does not divide.
+        Refused: the split is too short, batch_size does not divide, or packing with more than a row; see `Reader` too.
     """
 
     def __init__(
@@ -96,12 +42,16 @@ class Loader(_Reader):
         dp_rank: int,
         segment: Segment,
         seed: int,
+        **kind: Unpack[Kind],
     ) -> None:
-        super().__init__(split, seq_len, segment)
         if batch_size % (dp * accumulate):
             raise refuse("train.batch_size", batch_size, f"must be a multiple of dp={dp} x accumulate={accumulate}")
+        if kind.get("packing") and batch_size != dp * accumulate:
+            fit = f"{_ONE_ROW}; use dp x accumulate = {dp * accumulate}, or train.accumulate={batch_size // dp}"
+            raise refuse("train.batch_size", batch_size, fit)
         assert 0 <= dp_rank < dp, (dp_rank, dp)
-        self.batch_size, self.accumulate, self.seed, self.dp_rank = batch_size, accumulate, seed, dp_rank
+        super().__init__(split, seq_len, segment, seed=seed, **kind)
+        self.batch_size, self.accumulate, self.dp_rank = batch_size, accumulate, dp_rank
         self._micro_rows = batch_size // accumulate
         self._rows = self._micro_rows // dp
 
@@ -119,20 +69,31 @@ class Loader(_Reader):
         return self.rows([self.sample(done + slot) for slot in slots], slots, done)
 
 
-class EvalLoader(_Reader):
+class EvalLoader(Reader):
     """Held-out batches: up to `samples` sequences spread evenly over the split, the same number on every rank.
 
     `chosen[slot]` is the sample of a slot; rows after the last are padding, of which no label counts. Every iteration
-    yields the same batches.
+    yields the same batches. `kind` is as for training; packing and masks are drawn by seed 0.
 
     Raises:
-        Refused: the split does not hold one sequence.
+        Refused: the split does not hold one sequence, or packing with more than one row; see `Reader` too.
     """
 
     def __init__(
-        self, split: Split, *, seq_len: int, samples: int, rows_per_batch: int, dp: int, dp_rank: int, segment: Segment
+        self,
+        split: Split,
+        *,
+        seq_len: int,
+        samples: int,
+        rows_per_batch: int,
+        dp: int,
+        dp_rank: int,
+        segment: Segment,
+        **kind: Unpack[Kind],
     ) -> None:
-        super().__init__(split, seq_len, segment)
+        if kind.get("packing") and rows_per_batch != 1:
+            raise refuse("rows_per_batch", rows_per_batch, f"{_ONE_ROW}; use 1")
+        super().__init__(split, seq_len, segment, seed=0, **kind)
         count = min(samples, self.samples)
         self.chosen = [i * self.samples // count for i in range(count)]
         self._rows, self._dp, self._dp_rank = rows_per_batch, dp, dp_rank

@@ -108,15 +108,24 @@ class Split:
         """Bytes [start, stop) of this part."""
         return self.corpus.read(self.start + start, self.start + stop)
 
-    def samples(self, seq_len: int) -> int:
-        """How many sequences of `seq_len` labels this part holds; refuses 0."""
-        count = (len(self) - 1) // seq_len
-        if count < 1:
-            longest = len(self) - 1
+    def documents(self) -> np.ndarray:
+        """Where each file lies in this part: int64 (n, 2), [start, stop) in bytes of the part.
+
+        Files are cut at the part's borders; those that have nothing in it are left out.
+        """
+        ends = np.cumsum(np.asarray(self.corpus.sizes, np.int64))
+        spans = np.stack((ends - self.corpus.sizes, ends), axis=1).clip(self.start, self.stop) - self.start
+        return spans[spans[:, 1] > spans[:, 0]]
+
+    def samples(self, seq_len: int, ahead: int = 1) -> int:
+        """How many sequences of `seq_len` tokens this part holds, with `ahead` bytes after the last; refuses 0."""
+        longest = len(self) - ahead
+        if longest < seq_len:
             fit = f"use {longest} or less, or more text" if longest > 0 else "give more text, in data.path"
             facts = f"the {self.name} part of {self.corpus.name} has {len(self):,} bytes"
-            raise refuse("data.seq_len", seq_len, f"{facts} and a sequence takes one more than its length; {fit}")
-        return count
+            needs = " and a sequence takes one more than its length" if ahead else ""
+            raise refuse("data.seq_len", seq_len, f"{facts}{needs}; {fit}")
+        return longest // seq_len
 
 
 def _find(path: str) -> tuple[Path, list[Path]]:

@@ -36,6 +36,11 @@ def fold(seed: int, *numbers: int) -> int:
     return int(key) & ((1 << 63) - 1)
 
 
+def _key(seed: int, device: torch.device) -> torch.Tensor:
+    """A seed whose bits all count: the sums of neighbouring seeds and samples would meet."""
+    return mix(torch.tensor(seed, device=device) * _GOLDEN)
+
+
 def keyed_dropout(
     x_BTD: torch.Tensor, p: float, *, seed: int, samples_B: torch.Tensor, positions_T: torch.Tensor
 ) -> torch.Tensor:
@@ -51,7 +56,21 @@ def keyed_dropout(
     if p == 0.0:
         return x_BTD
     features = torch.arange(x_BTD.shape[-1], device=x_BTD.device)
-    rows = mix(samples_B[:, None] * _GOLDEN + mix(positions_T + seed))
+    rows = mix(mix(samples_B + _key(seed, x_BTD.device))[:, None] * _GOLDEN + positions_T)
     bits = _shift_right(mix(rows[:, :, None] + features * _GOLDEN), 64 - _BITS)
     keep = bits >= round(p * (1 << _BITS))
     return x_BTD * keep.to(x_BTD.dtype) / (1.0 - p)
+
+
+def keyed_keep(
+    p: float, *, seed: int, samples_B: torch.Tensor, heads_N: torch.Tensor, i: torch.Tensor, j: torch.Tensor
+) -> torch.Tensor:
+    """Which elements of attention's P (B, N, q, k) a dropout of probability p keeps; boolean.
+
+    The bit of an element is a hash of (seed, sample, head, i, j), with i and j the global places of its query and key:
+    the same for any cut of tokens, heads or batch, any tiling, and again when it is recomputed.
+    """
+    rows = mix(mix(samples_B + _key(seed, i.device))[:, None] * _GOLDEN + heads_N)
+    rows = mix(rows[:, :, None] * _GOLDEN + i)
+    bits = _shift_right(mix(rows[..., None] + j * _GOLDEN), 64 - _BITS)
+    return bits >= round(p * (1 << _BITS))

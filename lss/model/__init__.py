@@ -1,5 +1,6 @@
-"""The reference model: a decoder with nothing distributed in it."""
+"""The reference model: decoder, encoder, or both, with nothing distributed in it."""
 
-from lss.model.transformer import ModelOps, ModelOutput, Transformer
+from lss.model.layers import ModelOps
+from lss.model.transformer import ModelOutput, Transformer
 
 __all__ = ["ModelOps", "ModelOutput", "Transformer"]

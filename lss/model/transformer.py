@@ -1,4 +1,4 @@
-"""The reference decoder: embedding, blocks of attention and MLP, logits, loss.
+"""The reference model: a decoder, an encoder, or both with attention between them.
 
 It computes on whatever tokens it is given, at the positions it is told. The few places where a cut sequence or cut
 weights need something else than local arithmetic are the fields of `ModelOps`; `lss.parallelize` fills them in.
@@ -6,8 +6,9 @@ weights need something else than local arithmetic are the fields of `ModelOps`; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,45 +16,10 @@ from torch.nn import functional as F
 
 from lss.config import ModelConfig
 from lss.config.errors import refuse
-from lss.kernels import single_attention
+from lss.kernels import MaskMod, Rules, keep_rows, single_attention
 from lss.kernels.dropout import fold, keyed_dropout
-
-
-def _look_up_positions(table_SD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-    if len(positions_T) > len(table_SD):
-        raise refuse("input_ids", f"{len(positions_T)} tokens", f"the position table has {len(table_SD)} rows")
-    return table_SD[positions_T]
-
-
-def _mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None) -> torch.Tensor:
-    """Sum of the losses over the number of counted labels (or `count`), in at least float32; 0 where none counts."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    total = F.cross_entropy(logits.flatten(0, -2).to(dtype), labels.flatten(), reduction="sum")
-    counted = (labels != -100).sum() if count is None else torch.as_tensor(count, device=labels.device)
-    return total / counted.clamp(min=1)
-
-
-@dataclass(frozen=True)
-class ModelOps:
-    """What a parallel layout replaces in the model.
-
-    Attributes:
-        attention: (q (B,T,N,H), k, v (B,T,K,H)) -> (B,T,N,H), causal.
-        loss: (logits (B,T,V), shifted labels (B,T), count or None) -> scalar.
-        positions: (T,) -> positions of the tokens that attention computes on.
-        position_rows: (table, positions (T,)) -> rows (T, D) of a learned table.
-        enter, leave: around attention and MLP, on (B,T,D): identities, or the gather and the scatter of tensor
-            parallelism.
-        block: runs one block; a place for activation checkpointing.
-    """
-
-    attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = single_attention
-    loss: Callable[[torch.Tensor, torch.Tensor, int | torch.Tensor | None], torch.Tensor] = _mean_cross_entropy
-    positions: Callable[[torch.Tensor], torch.Tensor] = lambda positions: positions
-    position_rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _look_up_positions
-    enter: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-    leave: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-    block: Callable[..., torch.Tensor] = lambda block, *args: block(*args)
+from lss.model.layers import EMBEDDING, AttentionOp, Block, ModelOps, Shared, alibi_slopes, make_norm, rope
+from lss.segment import make_segment
 
 
 @dataclass(frozen=True)
@@ -64,86 +30,29 @@ class ModelOutput:
     logits: torch.Tensor
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """What every layer of one forward pass shares."""
-
-    ops: ModelOps
-    cos_TH: torch.Tensor | None
-    sin_TH: torch.Tensor | None
-    drop: Callable[[torch.Tensor, int], torch.Tensor]
-
-
-class Attention(nn.Module):
-    """Grouped-query attention: `n_heads` query heads share `n_kv_heads` key and value heads."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.head_size = config.d_model // config.n_heads
-        kv_width = config.n_kv_heads * self.head_size
-        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
-
-    def forward(self, x_BTD: torch.Tensor, shared: _Pass) -> torch.Tensor:
-        # the number of heads comes from the weights, which tensor parallelism cuts
-        q, k, v = (proj(x_BTD).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if shared.cos_TH is not None and shared.sin_TH is not None:
-            q, k = (_rotate(x, shared.cos_TH, shared.sin_TH) for x in (q, k))
-        return self.o_proj(shared.ops.attention(q, k, v).flatten(-2))
-
-
-class MLP(nn.Module):
-    """SwiGLU, W_down(silu(W_gate x) * W_up x), or GELU, W_down(gelu(W_up x))."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_mlp, bias=False) if config.mlp == "swiglu" else None
-        self.up_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
-        self.down_proj = nn.Linear(config.d_mlp, config.d_model, bias=False)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        up = self.up_proj(x_BTD)
-        hidden = F.gelu(up) if self.gate_proj is None else F.silu(self.gate_proj(x_BTD)) * up
-        return self.down_proj(hidden)
-
-
-class Block(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.attention_norm = _norm(config)
-        self.attention = Attention(config)
-        self.mlp_norm = _norm(config)
-        self.mlp = MLP(config)
-
-    def forward(self, x_BTD: torch.Tensor, shared: _Pass) -> torch.Tensor:
-        ops = shared.ops
-        attended = ops.leave(self.attention(ops.enter(self.attention_norm(x_BTD)), shared))
-        x_BTD = x_BTD + shared.drop(attended, 2 * self.layer + 1)
-        hidden = ops.leave(self.mlp(ops.enter(self.mlp_norm(x_BTD))))
-        return x_BTD + shared.drop(hidden, 2 * self.layer + 2)
-
-
 class Transformer(nn.Module):
-    """A decoder-only language model.
+    """A language model of one of three kinds.
+
+    `decoder`: each token sees those before it and is to say the next. `encoder`: each sees all, and is to say what
+    stands at its own place. `encoder_decoder`: a decoder that also sees an encoder's reading of a source.
 
     Args:
         config: a resolved `ModelConfig`.
-        seq_len: S, the rows of a learned position table; a model with RoPE takes any length.
+        seq_len: S, the rows of a learned position table; a model without one takes any length.
         seed: of the initial weights, which depend on nothing else.
     """
 
     def __init__(self, config: ModelConfig, seq_len: int, seed: int = 0) -> None:
         super().__init__()
         self.config, self.seq_len, self.seed = config, seq_len, seed
+        both, learned, n = config.kind == "encoder_decoder", config.positions == "learned", config.n_layers
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.position_table = nn.Embedding(seq_len, config.d_model) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.final_norm = _norm(config)
+        self.position_table = nn.Embedding(seq_len, config.d_model) if learned else None
+        self.source_position_table = nn.Embedding(seq_len, config.d_model) if both and learned else None
+        self.source_blocks = nn.ModuleList(Block(config, n + layer) for layer in range(n)) if both else None
+        self.source_norm = make_norm(config) if both else None
+        self.blocks = nn.ModuleList(Block(config, layer, cross=both) for layer in range(n))
+        self.final_norm = make_norm(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.passes = 0
         self.reset_parameters()
@@ -156,7 +65,7 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(self.seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
-                continue  # norms start at 1 and 0
+                continue  # norms start at 1 and 0, sinks at 0
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 * ((2 * self.config.n_layers) ** -0.5 if into_residual else 1.0)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
@@ -171,83 +80,188 @@ class Transformer(nn.Module):
         num_items_in_batch: int | torch.Tensor | None = None,
         samples: torch.Tensor | None = None,
         dropout_seed: int | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        prefix: int = 0,
+        mask_mod: MaskMod | None = None,
+        source_ids: torch.Tensor | None = None,
+        source_mask: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+        source_places: torch.Tensor | None = None,
         ops: ModelOps | None = None,
     ) -> ModelOutput:
         """Compute logits and, with labels, the mean cross-entropy in nats.
 
         Args:
             input_ids: (B, T) int64.
-            labels: (B, T) int64, unshifted, -100 where not counted: each token's label is the next one.
-            positions: (T,) int64, global; 0..T-1 by default.
-            shift_labels: (B, T) labels already shifted, instead of `labels`.
+            labels: (B, T) int64, -100 where not counted. For decoders unshifted: each token's label is the next one,
+                of its own document; for an encoder each token's own.
+            positions: (T,) int64; by default 0..T-1, counted anew in each document.
+            shift_labels: (B, T) labels as they are to be compared, instead of `labels`.
             num_items_in_batch: the count to divide by, instead of the labels counted in this call.
             samples: (B,) int64, each row's number in the global batch, which keys dropout; 0..B-1 by default.
             dropout_seed: keys dropout of this pass; by default the model's seed and a count of training passes.
+            cu_seqlens: int32, borders of packed documents, of which none sees another; batch 1.
+            attention_mask: (B, S), 0 or False at padding, which sees nothing and is seen by nothing.
+            prefix: the first tokens (of each document) that see each other; decoders only.
+            mask_mod: what may be seen besides, as in `lss.attention`.
+            source_ids, source_mask: (B, T_source), an encoder-decoder's source, and its padding.
+            places, source_places: (T,) int64, the tokens' places in the whole sequence, which key dropout; 0..T-1 by
+                default.
             ops: the parallel layout of this pass, from `lss.parallelize`; one device by default.
         """
-        if positions is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        if labels is not None and shift_labels is None:
-            shift_labels = shift(labels)
-        ops = ops or ModelOps()
-        shared = self._shared(input_ids, positions, samples, dropout_seed, ops)
-        x_BTD = self.embedding(input_ids)
-        if self.position_table is not None:
-            x_BTD = x_BTD + ops.position_rows(self.position_table.weight, positions)
-        x_BTD = shared.drop(x_BTD, 0)
-        for block in self.blocks:
-            x_BTD = ops.block(block, x_BTD, shared)
+        if ops is None:
+            self.refuse_misfits(input_ids, cu_seqlens, prefix, attention_mask, source_ids, source_mask)
+        if ops is None:  # whole sequences on one device
+            segment = make_segment(input_ids.shape[1], cp=1, rank=0, cu_seqlens=cu_seqlens)
+            ops = one_device(segment, None if source_ids is None else source_ids.shape[1])
+            positions = segment.document_positions.to(input_ids.device) if positions is None else positions
+            if labels is not None and shift_labels is None:
+                shift_labels = self.targets(labels, segment.documents)
+        assert positions is not None
+        rules, seed = self._rules(input_ids, samples, dropout_seed)
+        rules = replace(rules, keep=_keep(attention_mask), prefix=prefix, mask_mod=mask_mod)
+        memory = None
+        if source_ids is not None:
+            source_keep = _keep(source_mask)
+            memory = self._encode(source_ids, source_places, replace(rules, keep=source_keep), seed, ops)
+            cross_rules = replace(rules, causal=False, slopes=None, prefix=0, mask_mod=None, keep=source_keep)
+        else:
+            cross_rules = rules
+        shared = self._shared(ops, ops.attention, rules, seed, positions, places)
+        x_BTD = self._embed(input_ids, self.position_table, positions, shared, layer=0)
+        x_BTD = self._run(self.blocks, x_BTD, replace(shared, cross_rules=cross_rules), memory)
         x_BTD = self.final_norm(x_BTD)
         logits = F.linear(x_BTD, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
         loss = None if shift_labels is None else ops.loss(logits, shift_labels, num_items_in_batch)
         return ModelOutput(loss, logits)
 
-    def _shared(self, input_ids, positions, samples, dropout_seed, ops: ModelOps) -> _Pass:
-        p = self.config.dropout if self.training else 0.0
+    def targets(self, labels_BS: torch.Tensor, documents: tuple[int, ...]) -> torch.Tensor:
+        """What a whole sequence's logits are compared with: its labels, for decoders shifted inside each document."""
+        return labels_BS if self.config.kind == "encoder" else shift(labels_BS, documents)
+
+    def refuse_misfits(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        prefix: int = 0,
+        attention_mask: torch.Tensor | None = None,
+        source_ids: torch.Tensor | None = None,
+        source_mask: torch.Tensor | None = None,
+        *,
+        lengths: tuple[int | None, int | None] = (None, None),
+    ) -> None:
+        """Refuse inputs of `forward` that do not fit this kind of model or one another.
+
+        `lengths` are those of text and source where the ids are cut; masks are whole.
+        """
+        kind = self.config.kind
+        if (source_ids is not None) != (kind == "encoder_decoder"):
+            given = "a tensor" if source_ids is not None else None
+            raise refuse("source_ids", given, f'model.kind="{kind}" {"has no source" if given else "reads a source"}')
+        if cu_seqlens is not None and kind == "encoder_decoder":
+            fit = 'model.kind="encoder_decoder" reads one source for one text; leave it out'
+            raise refuse("cu_seqlens", "a tensor", fit)
+        if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
+            raise refuse("prefix", prefix, "give a whole number of tokens, 0 or more")
+        if prefix and kind == "encoder":
+            raise refuse("prefix", prefix, 'model.kind="encoder" sees everything already; use 0')
+        for name, mask, ids, length in (("attention_mask", attention_mask, input_ids, lengths[0]),
+                                        ("source_mask", source_mask, source_ids, lengths[1])):  # fmt: skip
+            if mask is None:
+                continue
+            if ids is None:
+                raise refuse(name, tuple(mask.shape), "there are no source_ids that it could be of")
+            expected = (ids.shape[0], length or ids.shape[1])
+            if tuple(mask.shape) != expected:
+                raise refuse(name, tuple(mask.shape), f"give one value a token of the whole batch, {expected}")
+
+    def _rules(self, input_ids, samples, dropout_seed) -> tuple[Rules, int]:
+        """What all layers' attention has in common, and the seed of this pass."""
+        config = self.config
         if self.training:
             # counted, so that ranks agree on the seed of a pass without talking
             self.passes += 1
         seed = fold(self.seed, self.passes) if dropout_seed is None else dropout_seed
         if samples is None:
             samples = torch.arange(input_ids.shape[0], device=input_ids.device)
+        slopes = alibi_slopes(config.n_heads).to(input_ids.device) if config.positions == "alibi" else None
+        p = config.attention_dropout if self.training else 0.0
+        rules = Rules(
+            causal=config.kind != "encoder", softcap=config.softcap, slopes=slopes, dropout_p=p, samples=samples
+        )
+        return rules, seed
 
-        def drop(x_BTD: torch.Tensor, place: int) -> torch.Tensor:
+    def _shared(
+        self,
+        ops: ModelOps,
+        attend: AttentionOp,
+        rules: Rules,
+        seed: int,
+        positions: torch.Tensor,
+        places: torch.Tensor | None,
+    ) -> Shared:
+        p = self.config.dropout if self.training else 0.0
+        samples = rules.samples
+        assert samples is not None
+        where = torch.arange(len(positions), device=positions.device) if places is None else places
+
+        def drop(x_BTD: torch.Tensor, layer: int, place: int) -> torch.Tensor:
             if p == 0.0:
                 return x_BTD
-            return keyed_dropout(x_BTD, p, seed=fold(seed, place), samples_B=samples, positions_T=positions)
+            return keyed_dropout(x_BTD, p, seed=fold(seed, layer, place), samples_B=samples, positions_T=where)
 
         cos, sin = None, None
         if self.config.positions == "rope":
             dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
-            cos, sin = _rope(ops.positions(positions), self.config, dtype)
-        return _Pass(ops, cos, sin, drop)
+            # only the text's attention may compute on other tokens than the layer holds
+            at = ops.positions(positions) if attend is ops.attention else positions
+            cos, sin = rope(at, self.config, dtype)
+        return Shared(ops, attend, rules, drop, seed, cos, sin)
+
+    def _embed(self, ids, table: nn.Embedding | None, positions, shared: Shared, layer: int) -> torch.Tensor:
+        x_BTD = self.embedding(ids)
+        if table is not None:
+            rows = shared.ops.position_rows if table is self.position_table else ModelOps().position_rows
+            x_BTD = x_BTD + rows(table.weight, positions)
+        return shared.drop(x_BTD, layer, EMBEDDING)
+
+    def _encode(self, ids, places, rules: Rules, seed: int, ops: ModelOps) -> torch.Tensor:
+        """The source as the decoder sees it: (B, T_source, D)."""
+        assert self.source_blocks is not None
+        assert self.source_norm is not None
+        positions = torch.arange(ids.shape[1], device=ids.device) if places is None else places
+        rules = replace(rules, causal=False, prefix=0, mask_mod=None)
+        table = self.source_position_table
+        shared = self._shared(ops, ops.source_attention, rules, seed, positions, positions)
+        if table is not None:
+            positions = positions.clamp(max=len(table.weight) - 1)  # padding's rows reach nobody
+        x_BTD = self._embed(ids, table, positions, shared, layer=len(self.blocks))
+        return self.source_norm(self._run(self.source_blocks, x_BTD, shared, None))
+
+    @staticmethod
+    def _run(blocks: Any, x_BTD: torch.Tensor, shared: Shared, memory: torch.Tensor | None) -> torch.Tensor:
+        for block in blocks:
+            x_BTD = shared.ops.block(block, x_BTD, shared, memory)
+        return x_BTD
 
 
-def shift(labels_BS: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """Labels of a whole sequence, shifted: each token's label is the next token's; the last has none."""
-    return F.pad(labels_BS[:, 1:], (0, 1), value=ignore_index)
+def one_device(segment, source_len: int | None) -> ModelOps:
+    """The operations of a model on one device, for whole sequences with these documents."""
+    attention = partial(single_attention, segment=segment)
+    if source_len is None:
+        return ModelOps(attention=attention)
+    cross = partial(single_attention, segment=segment, kv_segment=make_segment(source_len, cp=1, rank=0))
+    return ModelOps(attention=attention, cross_attention=cross)
 
 
-def _norm(config: ModelConfig) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.d_model, eps=1e-5)
-    return nn.LayerNorm(config.d_model, eps=1e-5)
+def shift(labels_BS: torch.Tensor, documents: tuple[int, ...] = (), ignore_index: int = -100) -> torch.Tensor:
+    """Labels of a whole sequence, shifted: each token's label is the next token's; a document's last token has none."""
+    shifted = F.pad(labels_BS[:, 1:], (0, 1), value=ignore_index)
+    if len(documents) > 2:
+        shifted[:, torch.tensor(documents[1:-1], device=labels_BS.device) - 1] = ignore_index
+    return shifted
 
 
-def _rope(positions_T: torch.Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (T, H/2) of position * theta^(-2i/H) (Su et al. 2021).
-
-    Angles are computed in float64: at a million tokens float32 positions times frequencies are off by 0.03 radians.
-    """
-    H = config.d_model // config.n_heads
-    frequency = config.rope_theta ** -(torch.arange(0, H, 2, dtype=torch.float64, device=positions_T.device) / H)
-    angle = positions_T.double()[:, None] * frequency
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def _rotate(x_BTNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs (i, i + H/2), the layout of Hugging Face's Llama weights; in the tables' dtype, returned in x's."""
-    first, second = x_BTNH.to(cos_TH.dtype).chunk(2, dim=-1)
-    cos, sin = cos_TH[:, None], sin_TH[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNH.dtype)
-
+def _keep(attention_mask: torch.Tensor | None):
+    return None if attention_mask is None else keep_rows(attention_mask)

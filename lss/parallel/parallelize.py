@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm import Communicator
 from lss.config.errors import Refused, refuse
+from lss.config.support import refuse_pairs
 from lss.context_parallel import AttentionOptions, attend, pick_strategy
 from lss.context_parallel.loss import global_cross_entropy
 from lss.context_parallel.sharding import shard, unshard
 from lss.mesh import axis_group
 from lss.model import ModelOps, Transformer
-from lss.model.transformer import shift
 from lss.parallel import tensor_parallel as tp
 from lss.parallel.activation import block_runner
 from lss.parallel.grad_sync import GradSync, global_grad_norm
@@ -40,6 +41,7 @@ def parallelize(
     offload: str | None = None,
     kernel: str = "auto",
     precut: bool = False,
+    packed: bool = False,
 ) -> nn.Module:
     """Lay a model out over the mesh, in place; returns the same module object, parameter names unchanged.
 
@@ -56,8 +58,10 @@ def parallelize(
         strategy: "lss", "ring", "ulysses" or "tp" (Megatron tensor + sequence parallelism on the cp axis).
         order, head_chunks, regather, kernel: as in `lss.attention`.
         checkpointing: None or "none" keeps activations, "full" keeps each block's input and computes it again.
-        precut: the model is given segments, (B, T) token ids with `positions`, `shift_labels` and the whole
-            sequence's `seq_len`, instead of whole batches.
+        precut: the model is given segments, (B, T) token ids (and source ids) with `positions`, `shift_labels` and the
+            whole sequence's `seq_len` (and `source_len`), instead of whole batches. `cu_seqlens` and masks stay whole.
+        packed: sequences will come with `cu_seqlens`: a learned position table, whose rows every document reads from the
+            first, is then held whole by every rank. A batch with `cu_seqlens` and a table that is cut is refused.
         fsdp, offload: refused in this version.
 
     Raises:
@@ -72,8 +76,8 @@ def parallelize(
         raise refuse("offload", offload, "offloading is not supported in this version; use None")
     if hasattr(model, "parallel"):
         raise Refused("This model has been parallelized already; make a new one for another layout.")
-    layout = Layout(model, mesh, strategy, order, AttentionOptions(
-        strategy, True, None, head_chunks, regather, kernel), checkpointing, precut)  # fmt: skip
+    options = AttentionOptions(strategy, head_chunks, regather, kernel)
+    layout = Layout(model, mesh, order, options, checkpointing, precut, packed)
     # plain attributes: they hold no parameters, and are no modules
     object.__setattr__(model, "parallel", layout)
     object.__setattr__(model, "no_sync", layout.no_sync)
@@ -88,26 +92,30 @@ class Layout:
         self,
         model: Transformer,
         mesh: DeviceMesh,
-        strategy: str,
         order: str,
         options: AttentionOptions,
         checkpointing: str | None,
         precut: bool,
+        packed: bool,
     ) -> None:
-        self.mesh, self.strategy, self.order, self.options, self.precut = mesh, strategy, order, options, precut
+        self.mesh, self.strategy, self.order, self.options, self.precut = mesh, options.strategy, order, options, precut
+        strategy = options.strategy
+        self._config, self._targets, self._refuse_misfits = model.config, model.targets, model.refuse_misfits
         self.cp = Communicator(axis_group(mesh, ("cp",)))
         self.dp = Communicator(axis_group(mesh, ("dp",)))
         self.all = Communicator(axis_group(mesh, ("dp", "cp")))
         self._run_block = block_runner(checkpointing)
         self._seq_len = model.seq_len
         self.segment(1)  # refuses an unknown order
+        both = {"cross-attention": 'model.kind="encoder_decoder"'} if self._config.kind == "encoder_decoder" else {}
+        refuse_pairs(options.features() | both)
         if strategy != "tp":
             pick_strategy(strategy)
         for tensor in (*model.parameters(), *model.buffers()):
             self.all.broadcast(tensor.data, "initial weights").wait()
         self._tp_cuts = tp.cut_weights(model, self.cp) if strategy == "tp" and self.cp.size > 1 else {}
         self._rows: Segment | None = None
-        if model.position_table is not None and self.cp.size > 1:
+        if model.position_table is not None and self.cp.size > 1 and not packed:
             self._rows = self.segment(model.seq_len)
             model.position_table.weight = nn.Parameter(self.part(POSITION_TABLE, model.position_table.weight.data))
         self._whole = [p for name, p in model.named_parameters() if not self.is_cut(name)]
@@ -116,33 +124,79 @@ class Layout:
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
-    def segment(self, seq_len: int) -> Segment:
-        """This rank's segment of a sequence of this length."""
-        return make_segment(seq_len, cp=self.cp.size, rank=self.cp.rank, order=self.order)
+    def segment(self, seq_len: int, cu_seqlens: torch.Tensor | None = None) -> Segment:
+        """This rank's segment of a sequence of this length, packed from documents or one."""
+        windows = self._config.windows
+        # the balanced order counts work by the widest layer's mask, which dominates
+        window = max(windows) if windows and all(windows) else None
+        return make_segment(
+            seq_len, cp=self.cp.size, rank=self.cp.rank, order=self.order, cu_seqlens=cu_seqlens,
+            causal=self._config.kind != "encoder", window=window,
+        )  # fmt: skip
+
+    def source_segment(self, source_len: int) -> Segment:
+        """This rank's segment of an encoder-decoder's source."""
+        order = "contiguous" if self.order == "balanced" else self.order
+        return make_segment(source_len, cp=self.cp.size, rank=self.cp.rank, order=order)
 
     def prepare_inputs(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Cut a whole batch (unless it comes cut) and hand the model the operations of this layout."""
         inputs = dict(zip(("input_ids", "labels"), args, strict=False)) | kwargs
-        ids = inputs.pop("input_ids")
+        ids, borders = inputs.pop("input_ids"), inputs.pop("cu_seqlens", None)
+        given = {name: inputs[name] for name in ("prefix", "attention_mask", "source_ids", "source_mask") if name in inputs}
+        lengths = (inputs.get("seq_len"), inputs.get("source_len")) if self.precut else (None, None)
+        self._refuse_misfits(ids, borders, **given, lengths=lengths)
         if self.precut:
-            segment = self._precut_segment(ids, inputs)
+            segment = self._precut_segment(ids, borders, inputs)
         else:
-            segment = self.segment(ids.shape[1])
+            segment = self.segment(ids.shape[1], borders)
             inputs = self._cut_inputs(ids, inputs, segment)
             ids = shard(ids, self.mesh, seg=segment, pad_value=0)
-        if self._rows is not None and segment.seq_len != self._seq_len:
-            raise refuse("input_ids", f"{segment.seq_len} tokens", f"the learned position table is cut for sequences of "
-                         f"{self._seq_len}; give that length, or use positions='rope'")  # fmt: skip
+        self._check_positions(segment)
+        if segment.edges and ids.shape[0] != 1:
+            fit = f"packed sequences come one at a time, but the batch has {ids.shape[0]} rows"
+            raise refuse("cu_seqlens", f"{len(segment.edges) - 1} documents", fit)
+        source = self._source(inputs, ids.device)
+        inputs["places"] = segment.positions.to(ids.device)
         if inputs.get("samples") is None:
             inputs["samples"] = self.dp.rank * ids.shape[0] + torch.arange(ids.shape[0], device=ids.device)
-        return (ids,), inputs | {"ops": self.ops(segment)}
+        return (ids,), inputs | {"ops": self.ops(segment, source)}
 
-    def _precut_segment(self, ids: torch.Tensor, inputs: dict[str, Any]) -> Segment:
+    def _source(self, inputs: dict[str, Any], device: torch.device) -> Segment | None:
+        """Cut an encoder-decoder's source, in place; returns its segment."""
+        ids, length = inputs.get("source_ids"), inputs.pop("source_len", None)
+        if ids is None:
+            return None
+        segment = self.source_segment((length or ids.shape[1] * self.cp.size) if self.precut else ids.shape[1])
+        if not self.precut:
+            inputs["source_ids"] = shard(ids, self.mesh, seg=segment, pad_value=0)
+        elif segment.local_len != ids.shape[1]:
+            fit = f"a segment of {segment.seq_len} tokens has {segment.local_len}"
+            raise refuse("source_ids", tuple(ids.shape), fit)
+        if self._config.positions == "learned" and segment.seq_len > self._seq_len:
+            raise refuse("source_ids", f"{segment.seq_len} tokens", f"the position table has {self._seq_len} rows")
+        inputs["source_places"] = segment.positions.to(device)
+        return segment
+
+    def _check_positions(self, segment: Segment) -> None:
+        longest = max(b - a for a, b in pairwise(segment.documents))
+        if self._config.positions == "learned" and longest > self._seq_len:
+            raise refuse("input_ids", f"{longest} tokens", f"the position table has {self._seq_len} rows")
+        if self._rows is None:
+            return
+        if segment.edges:
+            fit = "every document reads a learned position table from its first row, and this one is cut over the ranks; "
+            raise refuse("cu_seqlens", f"{len(segment.edges) - 1} documents", f"{fit}give parallelize packed=True")
+        if segment.seq_len != self._seq_len:
+            raise refuse("input_ids", f"{segment.seq_len} tokens", "the learned position table is cut for sequences of "
+                         f"{self._seq_len}; give that length, or use positions='rope'")  # fmt: skip
+
+    def _precut_segment(self, ids: torch.Tensor, borders: torch.Tensor | None, inputs: dict[str, Any]) -> Segment:
         if inputs.get("labels") is not None:
             raise Refused("labels: a segment's last label lies in the next one; give shift_labels, shifted before the cut.")
         if inputs.get("positions") is None:
             raise Refused("positions: a segment does not know its place; give its global positions.")
-        segment = self.segment(inputs.pop("seq_len", None) or ids.shape[1] * self.cp.size)
+        segment = self.segment(inputs.pop("seq_len", None) or ids.shape[1] * self.cp.size, borders)
         if segment.local_len != ids.shape[1]:
             raise refuse("input_ids", tuple(ids.shape), f"a segment of {segment.seq_len} tokens has {segment.local_len}")
         return segment
@@ -150,7 +204,7 @@ class Layout:
     def _cut_inputs(self, ids: torch.Tensor, inputs: dict[str, Any], segment: Segment) -> dict[str, Any]:
         labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
         if labels is not None and shifted is None:
-            shifted = shift(labels)
+            shifted = self._targets(labels, segment.documents)
         if shifted is not None:
             if shifted.shape != ids.shape:
                 raise refuse("labels", tuple(shifted.shape), f"give one a token, {tuple(ids.shape)}")
@@ -158,23 +212,30 @@ class Layout:
         if inputs.get("positions") is not None:
             inputs["positions"] = shard(inputs["positions"], self.mesh, dim=0, seg=segment, pad_value=0)
         else:
-            inputs["positions"] = segment.positions.to(ids.device)
+            inputs["positions"] = segment.document_positions.to(ids.device)
         return inputs
 
-    def ops(self, segment: Segment) -> ModelOps:
+    def ops(self, segment: Segment, source: Segment | None = None) -> ModelOps:
         """The model's operations for sequences cut like this one."""
-        ops = ModelOps(loss=partial(_loss, comm=self.all), block=self._run_block)
+        ops = ModelOps(loss=partial(_loss, comm=self.all), block=self._run_block, position_rows=_rows_of_whole)
         if self._rows is not None:
             ops = replace(ops, position_rows=_local_rows)
         if self.strategy == "tp":
             return replace(
                 ops,
-                attention=partial(tp.whole_sequence_attention, segment=segment, kernel=self.options.kernel),
+                attention=partial(
+                    tp.whole_sequence_attention, segment=segment, comm=self.cp, kernel=self.options.kernel
+                ),
                 positions=lambda positions: tp.gathered_positions(segment).to(positions.device),
                 enter=partial(tp.enter, comm=self.cp),
                 leave=partial(tp.leave, comm=self.cp),
             )
-        return replace(ops, attention=partial(attend, segment=segment, comm=self.cp, options=self.options))
+        attention = partial(attend, comm=self.cp, options=self.options)
+        ops = replace(ops, attention=partial(attention, segment=segment))
+        if source is None:
+            return ops
+        cross = partial(attention, segment=segment, kv_segment=source)
+        return replace(ops, source_attention=partial(attention, segment=source), cross_attention=cross)
 
     # -- parameters --------------------------------------------------------------------------------------------------
 
@@ -239,6 +300,11 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def _local_rows(table_TD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
     assert len(table_TD) == len(positions_T)
     return table_TD
+
+
+def _rows_of_whole(table_SD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+    """Rows of a table that this rank holds whole; those of padding, which may lie beyond it, reach nobody."""
+    return table_SD[positions_T.clamp(max=len(table_SD) - 1)]
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor, count, *, comm: Communicator) -> torch.Tensor:

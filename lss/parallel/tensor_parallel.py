@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lss.comm import Communicator
 from lss.config.errors import refuse
-from lss.kernels import single_attention
+from lss.kernels import Rules, single_attention
 from lss.model import Transformer
 from lss.segment import Segment
 
@@ -73,18 +73,19 @@ def leave(x_BSD: torch.Tensor, comm: Communicator) -> torch.Tensor:
 
 
 def whole_sequence_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment, kernel: str
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Rules, *, segment: Segment, comm: Communicator, kernel: str
 ) -> torch.Tensor:
-    """Causal attention of this rank's heads over a gathered sequence, tokens in rank order before and after."""
-    ordered = (segment.reorder(x, 1, segment.chunk_order)[:, : segment.seq_len] for x in (q, k, v))
-    out = single_attention(*ordered, kernel=kernel)
+    """Attention of this rank's heads over a gathered sequence, tokens in rank order before and after."""
+    q, k, v = (segment.reorder(x, 1, segment.chunk_order)[:, : segment.seq_len] for x in (q, k, v))
+    heads = slice(comm.rank * q.shape[2], (comm.rank + 1) * q.shape[2])
+    out = single_attention(q, k, v, rules, segment=segment.alone(), kernel=kernel, heads=heads)
     padded = F.pad(out, (0, 0, 0, 0, 0, segment.padded_len - segment.seq_len))
     return segment.reorder(padded, 1, segment.rank_order)
 
 
 def gathered_positions(segment: Segment) -> torch.Tensor:
-    """Global positions of the gathered tokens, in rank order."""
-    return torch.cat([segment.peer(rank).positions for rank in range(segment.cp)])
+    """Positions in their documents of the gathered tokens, in rank order."""
+    return torch.cat([segment.peer(rank).document_positions for rank in range(segment.cp)])
 
 
 class _Enter(torch.autograd.Function):

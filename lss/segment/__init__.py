@@ -1,5 +1,21 @@
-"""Which tokens of a sequence a rank holds: index arithmetic only, no tensors move here."""
+"""Which tokens of a sequence a rank holds and what they see: index arithmetic only, no tensors move here."""
 
-from lss.segment.order import ORDERS, Block, Segment, make_segment
+from lss.segment.blocks import Block, LocalRun, make_blocks
+from lss.segment.fetch import Fetch, plan_fetch
+from lss.segment.mask import Mask, Run, make_mask, runs_of
+from lss.segment.order import ORDERS, Segment, make_segment
 
-__all__ = ["ORDERS", "Block", "Segment", "make_segment"]
+__all__ = [
+    "ORDERS",
+    "Block",
+    "Fetch",
+    "LocalRun",
+    "Mask",
+    "Run",
+    "Segment",
+    "make_blocks",
+    "make_mask",
+    "make_segment",
+    "plan_fetch",
+    "runs_of",
+]

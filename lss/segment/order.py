@@ -4,34 +4,25 @@ The sequence is padded at its end to `padded_len` and cut into equal chunks. `co
 cp chunks (the paper's cut). `head_tail` cuts into 2*cp chunks and gives rank r chunks r and 2*cp-1-r, so that under
 a causal mask every rank has the same area of scores to compute. In both, each run of consecutive tokens that a rank
 holds sees a *prefix* of the keys: one local attention call with a bottom-right aligned causal mask per run, and no
-merging of partial results.
+merging of partial results. `balanced` deals out 8 or more chunks a rank by counted area, which packed documents need.
+
+With packed documents a run is cut at their borders, and each piece sees keys of its own document only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from lss.config.errors import refuse
+from lss.segment.blocks import Block, make_blocks
+from lss.segment.documents import balanced_chunks, document_edges, positions_in_document
+from lss.segment.mask import make_mask
 
-CHUNKS_PER_RANK = {"contiguous": 1, "head_tail": 2}
-ORDERS = tuple(CHUNKS_PER_RANK)
-
-
-@dataclass(frozen=True)
-class Block:
-    """One local attention call: queries [q_start, q_stop) of this rank's tokens, keys [k_start, k_stop) of the sequence.
-
-    With `causal` the mask is aligned bottom-right: the last query sees the last key of the block.
-    """
-
-    q_start: int
-    q_stop: int
-    k_start: int
-    k_stop: int
-    causal: bool
+ORDERS = ("contiguous", "head_tail", "balanced")
 
 
 @dataclass(frozen=True)
@@ -41,13 +32,17 @@ class Segment:
     Attributes:
         seq_len: S, the true length. Padding brings it up to `padded_len`; positions >= S are padding.
         cp, rank: size of the context-parallel group and this rank's place in it.
-        order: "contiguous" or "head_tail".
+        order: "contiguous", "head_tail" or "balanced".
+        edges: document borders, 0 first and S last; (0, S) for one document.
+        shares: the chunks of every rank under the balanced order.
     """
 
     seq_len: int
     cp: int
     rank: int
     order: str
+    edges: tuple[int, ...] = ()
+    shares: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def chunks(self) -> tuple[int, ...]:
@@ -55,6 +50,8 @@ class Segment:
         # one rank holds everything: both orders are the sequence itself, and padding to an even length would be waste
         if self.cp == 1 or self.order == "contiguous":
             return (self.rank,)
+        if self.order == "balanced":
+            return self.shares[self.rank]
         return (self.rank, 2 * self.cp - 1 - self.rank)
 
     @property
@@ -125,21 +122,28 @@ class Segment:
             return None
         return tuple(c for r in range(self.cp) for c in self.peer(r).chunks)
 
+    @cached_property
+    def document_positions(self) -> torch.Tensor:
+        """Each local token's place in its own document: int64, shape (T,)."""
+        return positions_in_document(self.documents, self.positions)
+
     def peer(self, rank: int) -> Segment:
         """The segment that another rank of the group holds."""
-        return Segment(self.seq_len, self.cp, rank, self.order)
+        return replace(self, rank=rank)
 
-    def blocks(self, causal: bool) -> tuple[Block, ...]:
-        """The local attention calls of this rank; padding is in none of them, as query or as key."""
-        blocks: list[Block] = []
-        for q_start, q_stop, _, stop in self.local_runs:
-            if causal:
-                blocks.append(Block(q_start, q_stop, 0, stop, True))
-            elif blocks and blocks[-1].q_stop == q_start:
-                blocks[-1] = Block(blocks[-1].q_start, q_stop, 0, self.seq_len, False)
-            else:
-                blocks.append(Block(q_start, q_stop, 0, self.seq_len, False))
-        return tuple(blocks)
+    def alone(self) -> Segment:
+        """The same sequence held whole by one rank."""
+        return replace(self, cp=1, rank=0, shares=())
+
+    @property
+    def documents(self) -> tuple[int, ...]:
+        """Borders of the documents, 0 first and S last, also where there is only one."""
+        return self.edges or (0, self.seq_len)
+
+    def blocks(self, causal: bool, window: int | None = None) -> tuple[Block, ...]:
+        """The attention calls of this rank on the gathered sequence; padding is in none of them, as query or as key."""
+        mask = make_mask(self.documents, causal=causal, window=window)
+        return make_blocks(self.local_runs, self.alone().local_runs, mask, placed=False)
 
     def reorder(self, x: torch.Tensor, dim: int, order: tuple[int, ...] | None) -> torch.Tensor:
         """Permute the chunks of a gathered tensor (size `padded_len` along `dim`); no copy where `order` is None."""
@@ -149,17 +153,33 @@ class Segment:
         return chunked.index_select(dim, torch.tensor(order, device=x.device)).flatten(dim, dim + 1)
 
 
-def make_segment(seq_len: int, *, cp: int, rank: int, order: str = "head_tail") -> Segment:
+def make_segment(
+    seq_len: int,
+    *,
+    cp: int,
+    rank: int,
+    order: str = "head_tail",
+    cu_seqlens: torch.Tensor | Sequence[int] | None = None,
+    causal: bool = True,
+    window: int | None = None,
+) -> Segment:
     """Build the segment of `rank` among `cp` ranks for a sequence of `seq_len` tokens (any length >= 1).
 
+    Args:
+        cu_seqlens: borders of packed documents: 0, the end of each, last `seq_len`.
+        causal, window: the mask that the balanced order counts work by.
+
     Raises:
-        Refused: an unknown order, a length below 1 or a rank outside the group.
+        Refused: an unknown order, a length below 1, a rank outside the group, or borders that do not fit.
     """
-    if order not in CHUNKS_PER_RANK:
-        later = " ('balanced' needs packed documents, which this version does not take)" if order == "balanced" else ""
-        raise refuse("order", order, f"not an order of this version{later}; use {' or '.join(map(repr, ORDERS))}")
+    if order not in ORDERS:
+        raise refuse("order", order, f"unknown; use {' or '.join(map(repr, ORDERS))}")
     if not isinstance(seq_len, int) or seq_len < 1:
         raise refuse("seq_len", seq_len, "a sequence has at least 1 token; give a whole number >= 1")
     if not 0 <= rank < cp:
         raise refuse("rank", rank, f"outside the group of cp={cp} ranks")
-    return Segment(seq_len, cp, rank, order)
+    edges = () if cu_seqlens is None else document_edges(cu_seqlens, seq_len)
+    shares: tuple[tuple[int, ...], ...] = ()
+    if order == "balanced" and cp > 1:
+        shares = balanced_chunks(seq_len, cp, edges or (0, seq_len), causal, window)
+    return Segment(seq_len, cp, rank, order, edges, shares)

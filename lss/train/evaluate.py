@@ -8,13 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from lss.data.loader import Batch
+from lss.config import Config
+from lss.data.reader import Batch
 from lss.parallel import layout_of
 from lss.train.steps import forward_loss
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], *, seq_len: int, dtype: str) -> float:
+def evaluate(model: nn.Module, batches: Iterable[Batch], config: Config) -> float:
     """Mean cross-entropy in nats over all labels of all batches on all ranks: one sum over one count.
 
     Every rank must be given equally many batches. Returns NaN where no label is counted at all.
@@ -24,7 +25,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, seq_len: int, dtype:
     total, counted = 0.0, 0
     for batch in batches:
         # divided by 1, the loss of a batch is its sum, so that batches weigh by their labels
-        total += float(forward_loss(model, batch, 1, seq_len, dtype))
+        total += float(forward_loss(model, batch, 1, config))
         counted += int((batch.labels != -100).sum())
     model.train(was_training)
     labels = torch.tensor(counted, dtype=torch.int64, device=next(model.parameters()).device)

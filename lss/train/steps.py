@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
-from lss.data.loader import Batch
+from lss.config import Config
+from lss.data.reader import Batch, Kind
 from lss.kernels.dropout import fold
-from lss.parallel import layout_of
+from lss.parallel import Layout, layout_of
+from lss.segment import Segment, make_segment
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,26 +35,61 @@ def count_labels(model: nn.Module, batches: Sequence[Batch]) -> int:
     return int(layout_of(model).all.all_reduce(total, "labels").wait())
 
 
+def loader_kind(config: Config, layout: Layout | None) -> Kind:
+    """What the config's loaders make of the text; `layout` cuts it, None leaves it whole."""
+    kind, data = config.model.kind, config.data
+    settings: Kind = {"packing": data.packing}
+    if data.packing:
+        settings["segment_of"] = lambda borders: segment_of(config, layout, borders)
+    if kind == "decoder":
+        settings["prefix"] = data.prefix
+    elif kind == "encoder":
+        settings["mask_rate"] = data.mask_rate
+    else:
+        length = -(-data.seq_len // data.source_every)
+        settings["source_every"] = data.source_every
+        settings["source_segment"] = make_segment(length, cp=1, rank=0) if layout is None else layout.source_segment(length)
+    return settings
+
+
+def segment_of(config: Config, layout: Layout | None, borders: torch.Tensor | None) -> Segment:
+    """A rank's segment of the config's sequences, packed from documents or one; whole without a layout."""
+    if layout is None:
+        return make_segment(config.data.seq_len, cp=1, rank=0, cu_seqlens=borders)
+    return layout.segment(config.data.seq_len, borders)
+
+
+def model_inputs(batch: Batch, config: Config, device: torch.device, *, cut: bool = True) -> dict[str, Any]:
+    """A batch as the model takes it; `cut`: by a layout that expects segments."""
+    inputs: dict[str, Any] = {
+        "input_ids": batch.tokens.to(device),
+        "shift_labels": batch.labels.to(device),
+        "positions": batch.positions.to(device),
+        "samples": batch.slots.to(device),
+        "cu_seqlens": batch.cu_seqlens,
+        "prefix": config.data.prefix,
+    }
+    if cut:
+        inputs["seq_len"] = config.data.seq_len
+    if batch.source is not None and batch.source_segment is not None:
+        inputs["source_ids"] = batch.source.to(device)
+        if cut:
+            inputs["source_len"] = batch.source_segment.seq_len
+    return inputs
+
+
 def forward_loss(
-    model: nn.Module, batch: Batch, count: int, seq_len: int, dtype: str, dropout_seed: int | None = None
+    model: nn.Module, batch: Batch, count: int, config: Config, dropout_seed: int | None = None
 ) -> torch.Tensor:
     """Global loss of one micro-batch, divided by `count` labels."""
     device = next(model.parameters()).device
-    with autocast(dtype, device.type):
-        output = model(
-            batch.tokens.to(device),
-            shift_labels=batch.labels.to(device),
-            positions=batch.positions.to(device),
-            samples=batch.slots.to(device),
-            num_items_in_batch=count,
-            dropout_seed=dropout_seed,
-            seq_len=seq_len,
-        )
-    return output.loss
+    with autocast(config.train.dtype, device.type):
+        inputs = model_inputs(batch, config, device)
+        return model(**inputs, num_items_in_batch=count, dropout_seed=dropout_seed).loss
 
 
 def accumulate_gradients(
-    model: nn.Module, batches: Sequence[Batch], *, seq_len: int, dtype: str, seed: int, step: int
+    model: nn.Module, batches: Sequence[Batch], config: Config, *, step: int
 ) -> tuple[float, int]:
     """Leave the gradient of the step's mean loss in every `.grad`; returns that loss and the labels counted.
 
@@ -63,7 +101,7 @@ def accumulate_gradients(
     for number, batch in enumerate(batches):
         last = number + 1 == len(batches)
         with nullcontext() if last else layout_of(model).no_sync():
-            part = forward_loss(model, batch, max(count, 1), seq_len, dtype, fold(seed, step))
+            part = forward_loss(model, batch, max(count, 1), config, fold(config.train.seed, step))
             part.backward()
         loss = loss + part.detach().double().cpu()
     return float(loss), count

@@ -19,15 +19,17 @@ from lss.checkpoint import find_checkpoint, load_checkpoint, read_state, save_ch
 from lss.config import Config
 from lss.config.errors import Failed, refuse
 from lss.data.loader import EvalLoader, Loader
+from lss.data.reader import Batch
 from lss.data.sources import ByteCorpus
 from lss.flops import model_flops, peak_flops
 from lss.model import Transformer
 from lss.parallel import clip_grad_norm_, layout_of, parallelize
+from lss.segment.documents import scores_seen
 from lss.train.console import make_console
 from lss.train.evaluate import bits_per_byte, evaluate
 from lss.train.metrics import MetricsWriter, peak_memory_bytes
 from lss.train.optim import build_optimizer, learning_rate, set_learning_rate
-from lss.train.steps import accumulate_gradients, parameter_dtype
+from lss.train.steps import accumulate_gradients, loader_kind, parameter_dtype
 
 # A run whose gradients stay non-finite is not coming back; stop before it burns its allocation.
 MAX_BAD_STEPS = 10
@@ -50,6 +52,7 @@ def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) ->
         offload=config.memory.offload,
         kernel=parallel.kernel,
         precut=True,
+        packed=config.data.packing,
     )
 
 
@@ -68,15 +71,25 @@ def find_resumable(config: Config, out: Path) -> Path | None:
     newest = find_checkpoint(out / "checkpoints")
     if newest is None:
         return None
+    state = read_state(newest)
     if config.checkpoint.resume == "never":
         raise refuse("checkpoint.resume", "never", f"{out} holds a run already; choose another --out or 'auto'")
-    earlier, now = read_state(newest).get("config", {}), config.to_dict()
+    earlier, now = state.get("config", {}), config.to_dict()
     for section in ("model", "data"):
         for key, value in now[section].items():
             before = earlier.get(section, {}).get(key)
             if before != value:
                 raise refuse(f"{section}.{key}", value, f"{out} holds a run made with {before}; choose another --out")
+    corpus, digest = ByteCorpus(config.data.path), state.get("corpus", {}).get("digest")
+    if digest not in (None, corpus.digest):
+        fit = f"its files are no longer those that the run in {out} has read; restore them or choose another --out"
+        raise refuse("data.path", config.data.path or corpus.name, fit)
     return newest
+
+
+def _default(section: str, key: str) -> Any:
+    """A key's default: what a run did that was made before there was the key."""
+    return Config().to_dict()[section][key]
 
 
 class Trainer:
@@ -106,7 +119,7 @@ class Trainer:
         self.loader = self._loader()
         self.bad_steps = 0
         self.first = mesh.get_rank() == 0
-        self.flops = self._flops_of_a_step()
+        self.matrix_parameters = matrix_parameters(_on_meta(config))
         self.done_steps = self._resume()
         self.evaluations: dict[int, float] = {}
 
@@ -123,12 +136,22 @@ class Trainer:
             dp_rank=self.layout.dp.rank,
             segment=self.layout.segment(self.seq_len),
             seed=train.seed,
+            **loader_kind(self.config, self.layout),
         )
 
-    def _flops_of_a_step(self) -> float:
-        model = self.config.model
-        whole = matrix_parameters(_on_meta(self.config))
-        return model_flops(whole, model.n_layers, model.d_model, self.seq_len, self.config.train.batch_size)
+    def _flops(self, batches: list[Batch]) -> float:
+        """Model FLOPs of a step; documents of packed batches are taken to be alike on all dp ranks."""
+        model, S, rows = self.config.model, self.seq_len, self.config.train.batch_size
+        causal = model.kind != "encoder"
+        documents = [batch.segment.documents for batch in batches if batch.segment is not None]
+        scores = [scores_seen(d, causal, model.windows, model.n_layers) for d in documents]
+        total = rows * sum(scores) / max(len(scores), 1)
+        if model.kind == "encoder_decoder":  # the encoder's own, and those of text to source
+            source = -(-S // self.config.data.source_every)
+            total += rows * (scores_seen((0, source), False, model.windows, model.n_layers) + model.n_layers * S * source)
+        # a causal score matrix is counted as half a square, as everywhere
+        total -= rows * model.n_layers * S / 2 if causal and not model.windows and not self.config.data.packing else 0
+        return model_flops(self.matrix_parameters, model.d_model, S, rows, total)
 
     def _resume(self) -> int:
         """Load the folder's newest checkpoint, if there is one; returns its step, else 0."""
@@ -142,6 +165,7 @@ class Trainer:
             "versions": {"lss": _version(), "torch": torch.__version__, "numpy": np.__version__,
                          "python": platform.python_version()},
             "mesh": {"dp": self.layout.dp.size, "cp": self.layout.cp.size, "device": _device_name(self.mesh)},
+            "parameters": sum(p.numel() for p in _on_meta(self.config).parameters()),
             "corpus": {"name": self.corpus.name, "bytes": len(self.corpus), "digest": self.corpus.digest},
         }  # fmt: skip
 
@@ -185,7 +209,7 @@ class Trainer:
         batches = [self.loader.batch(step, micro) for micro in range(config.train.accumulate)]
         self.optimizer.zero_grad(set_to_none=True)
         loss, counted = accumulate_gradients(
-            self.model, batches, seq_len=self.seq_len, dtype=config.train.dtype, seed=config.train.seed, step=step
+            self.model, batches, config, step=step
         )
         norm = float(clip_grad_norm_(self.model, config.optim.clip))
         lr = learning_rate(step, config.train.steps, config.optim)
@@ -209,7 +233,7 @@ class Trainer:
             "tokens_per_s": config.train.batch_size * self.seq_len / seconds,
             "peak_memory_bytes": peak_memory_bytes(torch.device(self.mesh.device_type)),
             "step_time_s": seconds,
-            "mfu": self.flops / (seconds * peak * self.mesh.size()) if peak else None,
+            "mfu": self._flops(batches) / (seconds * peak * self.mesh.size()) if peak else None,
         }
 
     def _count_bad_step(self, step: int) -> None:
@@ -232,8 +256,9 @@ class Trainer:
             dp=self.layout.dp.size,
             dp_rank=self.layout.dp.rank,
             segment=self.layout.segment(self.seq_len),
+            **loader_kind(self.config, self.layout),
         )
-        return evaluate(self.model, batches, seq_len=self.seq_len, dtype=train.dtype)
+        return evaluate(self.model, batches, self.config)
 
     def save(self, step: int) -> Path:
         """Write `out/checkpoints/step_N`."""

@@ -71,11 +71,9 @@ def test_check_proves_and_prints(tmp_path):
 def test_check_exits_1_where_gradients_differ(tmp_path):
     """Plant a fault in this process only: dK and dV averaged instead of summed."""
     script = (
-        "import sys, lss.comm.collectives as c, lss.cli as cli\n"
-        "whole = c.Communicator.reduce_scatter_dkv\n"
-        "def broken(self, dkv):\n"
-        "    return whole(self, dkv / 2)\n"
-        "c.Communicator.reduce_scatter_dkv = broken\n"
+        "import sys, lss.context_parallel.lss as l, lss.cli as cli\n"
+        "whole = l._scatter\n"
+        "l._scatter = lambda dkv, spec: whole(dkv / 2, spec)\n"
         f"sys.exit(cli.main(['check', {TINY!r}, 'model.n_layers=1']))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
+
 import torch
+from torch.nn.attention.flex_attention import create_mask
 
 import lss
 from lss.comm import count_collectives
 from lss.config import ModelConfig
-from lss.model import Transformer
+from lss.kernels.dropout import keyed_keep
+from lss.model import ModelOps, Transformer
 from lss.parallel import clip_grad_norm_, layout_of
+from tests.distributed.cases import visible
 from tests.distributed.pool import mesh
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -40,16 +46,58 @@ def batches(seq_len: int, rows: int, vocab: int, labels: str, count: int, seed: 
     return out
 
 
-def one_process(config, seq_len, dtype, data, dropout_seed=None, device="cpu"):
-    """Loss of each micro-batch and every gradient on one process, all labels of all micro-batches in one mean."""
+def one_process(config, seq_len, dtype, data, dropout_seed=None, device="cpu", **given):
+    """Loss of each micro-batch and every gradient on one process, all labels of all micro-batches in one mean.
+
+    Attention is `softmax_attention` below: plain, whole, by autograd, with the mask written out.
+    """
     model = Transformer(config, seq_len, seed=3).to(device, dtype)
     count = sum(int((labels != -100).sum()) for _, labels in data)
+    edges = given.pop("edges", None)
+    ops = ModelOps(attention=partial(softmax_attention, edges=edges), source_attention=softmax_attention,
+                   cross_attention=partial(softmax_attention, cross=True))  # fmt: skip
+    positions = torch.arange(seq_len, device=device)
+    if edges is not None:
+        positions = torch.cat([torch.arange(b - a, device=device) for a, b in pairwise(edges)])
     losses = []
     for ids, labels in data:
-        output = model(ids, shift_labels=labels, num_items_in_batch=count, dropout_seed=dropout_seed)
+        output = model(ids, shift_labels=labels, num_items_in_batch=count, dropout_seed=dropout_seed, positions=positions,
+                       ops=ops, **given)  # fmt: skip
         output.loss.backward()
         losses.append(float(output.loss.detach()))
     return losses, {name: p.grad for name, p in model.named_parameters()}, output.logits.detach()
+
+
+def softmax_attention(q, k, v, rules, edges=None, cross=False):
+    """Attention by the rules, in plain torch and by autograd: what every layout is held to."""
+    allowed = visible(q.shape[1], rules.causal, rules.window, edges, rules.prefix, k.shape[1] if cross else None)
+    if rules.keep is not None:
+        kept = torch.zeros(k.shape[0], k.shape[1], dtype=torch.bool)
+        for row, runs in enumerate(rules.keep):
+            for a, b in runs:
+                kept[row, a:b] = True
+        allowed = allowed & kept[:, None, None, :] & (True if cross else kept[:, None, :, None])
+    if rules.mask_mod is not None:
+        allowed = allowed & create_mask(rules.mask_mod, q.shape[0], q.shape[2], q.shape[1], k.shape[1], device="cpu")
+    allowed = allowed.to(q.device)
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
+    scores = q.transpose(1, 2) @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
+    i, j = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[1], device=q.device)
+    if rules.softcap:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    if rules.slopes is not None:
+        scores = scores - rules.slopes.to(scores)[:, None, None] * (i[:, None] - j).abs()
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if rules.sinks is not None:
+        scores = torch.cat((scores, rules.sinks[:, None, None].expand(*scores.shape[:3], 1)), -1)
+    p = scores.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0).softmax(-1)
+    p = p.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)[..., : len(j)]
+    if rules.dropout_p:
+        heads = torch.arange(q.shape[2], device=q.device)
+        keep = keyed_keep(rules.dropout_p, seed=rules.seed, samples_B=rules.samples, heads_N=heads, i=i, j=j)
+        p = p * keep / (1 - rules.dropout_p)
+    return (p @ values).transpose(1, 2)
 
 
 def gradient_errors(found: dict, expected: dict) -> dict[str, float]:
@@ -62,8 +110,9 @@ def gradient_errors(found: dict, expected: dict) -> dict[str, float]:
 
 
 def parity_case(
-    cp, dp=1, *, seq_len=24, rows=None, labels="even", accumulate=1, dtype=torch.float64, model=None, precut=False, **options
-):
+    cp, dp=1, *, seq_len=24, rows=None, labels="even", accumulate=1, dtype=torch.float64, model=None, precut=False,
+    given=None, **options,
+):  # fmt: skip
     """Compare one step's losses, gradients, gradient norm and clipped gradients with one process.
 
     Returns a dict: worst gradient error and its parameter, relative errors of loss, norm and logits, and the
@@ -74,22 +123,36 @@ def parity_case(
     rows = rows or 2 * dp
     device = the_mesh.device_type
     data = [(ids.to(device), y.to(device)) for ids, y in batches(seq_len, rows, config.vocab_size, labels, accumulate)]
-    seed = 11 if config.dropout else None
-    losses, expected, expected_logits = one_process(config, seq_len, dtype, data, seed, device)
+    seed = 11 if config.dropout or config.attention_dropout else None
+    given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in (given or {}).items()}
+    if config.kind == "encoder_decoder":
+        generator = torch.Generator().manual_seed(7)
+        given["source_ids"] = torch.randint(config.vocab_size, (rows, 2 * seq_len // 3 + 1), generator=generator).to(device)
+    borders = given.get("cu_seqlens")
+    plain = {name: x for name, x in given.items() if name != "cu_seqlens"}
+    plain |= {} if borders is None else {"edges": borders.tolist()}
+    losses, expected, expected_logits = one_process(config, seq_len, dtype, data, seed, device, **plain)
     parallel = lss.parallelize(Transformer(config, seq_len, seed=3).to(device, dtype), the_mesh, precut=precut, **options)
     layout = layout_of(parallel)
     count = sum(int((shifted != -100).sum()) for _, shifted in data)
     mine = slice(layout.dp.rank * rows // dp, (layout.dp.rank + 1) * rows // dp)
+    by_row = ("attention_mask", "source_ids", "source_mask")
+    given = {name: x[mine] if name in by_row else x for name, x in given.items()}
     found_losses = []
     with count_collectives() as counter:
         for number, (ids, shifted) in enumerate(data):
-            batch = {"shift_labels": shifted[mine], "num_items_in_batch": count, "dropout_seed": seed}
+            batch = given | {"shift_labels": shifted[mine], "num_items_in_batch": count, "dropout_seed": seed}
             ids = ids[mine]
             if precut:
-                segment = layout.segment(seq_len)
+                segment = layout.segment(seq_len, borders)
                 ids = lss.shard(ids, the_mesh, seg=segment, pad_value=0)
                 batch |= {"shift_labels": lss.shard(batch["shift_labels"], the_mesh, seg=segment),
-                          "positions": segment.positions.to(device), "seq_len": seq_len}  # fmt: skip
+                          "positions": segment.document_positions.to(device), "seq_len": seq_len}  # fmt: skip
+                if "source_ids" in batch:
+                    whole = batch["source_ids"]
+                    source = layout.source_segment(whole.shape[1])
+                    batch["source_ids"] = lss.shard(whole, the_mesh, seg=source, pad_value=0)
+                    batch["source_len"] = whole.shape[1]
             if number + 1 < len(data):
                 with parallel.no_sync():
                     output = parallel(ids, **batch)
@@ -101,7 +164,7 @@ def parity_case(
     found = {name: layout.whole(name, p.grad) for name, p in parallel.named_parameters()}
     errors = gradient_errors(found, expected)
     worst = max(errors, key=errors.get)
-    logits = lss.unshard(output.logits.detach(), the_mesh, seg=layout.segment(seq_len))
+    logits = lss.unshard(output.logits.detach(), the_mesh, seg=layout.segment(seq_len, borders))
     return {
         "gradient": errors[worst],
         "parameter": worst,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lss
+from lss.segment import make_segment
 from tests.distributed.cases import attention_case, delayed_case, order_of_events
 from tests.distributed.pool import mesh, pool
 
@@ -94,13 +95,22 @@ def test_one_rank_sends_nothing():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"window": 4}, "window=4"),
+        ({"window": 0}, "window=0"),
+        ({"window": 2.5}, "window=2.5"),
         ({"dropout_p": 0.1}, "dropout_p=0.1"),
+        ({"dropout_p": 1.0, "seed": 1}, "dropout_p=1.0"),
         ({"seed": 3}, "seed=3"),
-        ({"cu_seqlens": torch.tensor([0, 16], dtype=torch.int32)}, "cu_seqlens"),
+        ({"softcap": -1.0}, "softcap=-1.0"),
+        ({"prefix": -2}, "prefix=-2"),
+        ({"prefix": [1, 2, 3]}, "3 numbers"),
+        ({"keep": [[(i, i + 1) for i in range(0, 300, 2)]], "S": 300, "B": 1}, "150 separate runs"),
+        ({"kv": (9, "cut", "cut", [0, 4, 9]), "causal": False, "B": 1}, "kv_seg=2 documents"),
+        ({"cu_seqlens": [0, 9, 16]}, "one at a time"),
+        ({"cu_seqlens": [0, 9, 15], "B": 1}, "end with the length, 16"),
+        ({"cu_seqlens": [0, 9, 5, 16], "B": 1}, "must not fall"),
+        ({"cu_seqlens": [0.0, 16.0], "B": 1}, "give int32"),
         ({"strategy": "tp"}, "lss.parallelize"),
         ({"strategy": "rings"}, "ring"),
-        ({"order": "balanced"}, "balanced"),
         ({"order": "zigzag"}, "head_tail"),
         ({"head_chunks": 3}, "head_chunks=3"),
         ({"head_chunks": 0}, "head_chunks=0"),
@@ -110,9 +120,32 @@ def test_one_rank_sends_nothing():
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(options, words):
-    for ok, what in pool(2).outcomes(attention_case, 2, S=16, N=4, K=2, **options):
+    for ok, what in pool(2).outcomes(attention_case, 2, **({"S": 16, "N": 4, "K": 2} | options)):
         assert not ok
         assert what[0] == "Refused"
+        assert words in what[1]
+
+
+def _refused_outright(options):
+    x = torch.randn(2, 4, 2, 8)
+    lss.attention(x, x, x, mesh=mesh(2), **options)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"dropout_p": 0.1, "seed": 1.5}, "seed=1.5"),
+        ({"sinks": [0.0, 1.0, 2.0]}, "sinks=(3,)"),
+        ({"alibi_slopes": [0.5]}, "alibi_slopes=(1,)"),
+        ({"attention_mask": torch.ones(2, 5)}, "attention_mask=(2, 5)"),
+        ({"samples": torch.arange(3), "dropout_p": 0.1, "seed": 1}, "samples=(3,)"),
+        ({"seg": make_segment(4, cp=1, rank=0)}, "seg=a segment of cp=1"),
+    ],
+)
+def test_values_that_fit_nothing_are_refused_by_name(options, words):
+    for ok, what in pool(2).outcomes(_refused_outright, options):
+        assert not ok
+        assert what[0] == "Refused", what[2]
         assert words in what[1]
 
 
@@ -143,3 +176,15 @@ def test_parity_holds_when_ranks_are_late(strategy, seed):
     chunks = {"head_chunks": 2} if strategy == "lss" else {}
     for errors, *_ in pool(3).run(delayed_case, 3, strategy, seed, S=13, N=4, K=2, **chunks):
         assert max(errors) <= 1e-14
+
+
+def _balanced_by_name():
+    x = torch.randn(1, 8, 2, 8)
+    lss.attention(x, x, x, mesh=mesh(2), order="balanced")
+
+
+def test_the_balanced_order_is_given_as_a_segment():
+    for ok, what in pool(2).outcomes(_balanced_by_name):
+        assert not ok
+        assert what[0] == "Refused"
+        assert "lss.make_segment" in what[1]

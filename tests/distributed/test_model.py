@@ -9,7 +9,8 @@ import lss
 from lss.comm import count_collectives
 from lss.model import Transformer
 from lss.parallel import full_state_dict, layout_of
-from tests.distributed.model_cases import gradient_errors, model_config
+from tests.distributed.cases import checkerboard
+from tests.distributed.model_cases import gradient_errors, model_config, one_process
 from tests.distributed.pool import mesh, pool
 
 
@@ -33,6 +34,59 @@ def _plain_call(cp, order):
 @pytest.mark.parametrize("order", ["head_tail", "contiguous"])
 def test_labels_are_shifted_before_the_cut(cp, order):
     for loss, gradient in pool(cp).run(_plain_call, cp, order):
+        assert loss <= 1e-13
+        assert gradient <= 1e-12
+
+
+def _whole_batches(cp, what):
+    """A feature given by the caller of a whole-batch model, against the plain model and an oracle of softmax."""
+    config = model_config(kind="encoder_decoder") if what == "source" else model_config()
+    S, rows = 13, 1 if what == "documents" else 2
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(61, (rows, S), generator=generator)
+    given, edges, keep = {}, None, None
+    if what == "documents":
+        edges = [0, 1, 6, 13]
+        given["cu_seqlens"] = torch.tensor(edges, dtype=torch.int32)
+    elif what == "padding":
+        keep = torch.arange(S)[None] < torch.tensor([[13], [8]])
+        given["attention_mask"] = keep
+    elif what == "source":
+        given["source_ids"] = torch.randint(61, (rows, 7), generator=generator)
+        given["source_mask"] = torch.arange(7)[None] < torch.tensor([[7], [4]])
+    elif what == "prefix":
+        given["prefix"] = 5
+    else:
+        given["mask_mod"] = checkerboard
+    labels = ids if keep is None else ids.masked_fill(~keep, -100)
+    # labels shifted by hand, inside documents
+    shifted = torch.cat((labels[:, 1:], torch.full((rows, 1), -100)), 1)
+    for end in (edges or [])[1:-1]:
+        shifted[:, end - 1] = -100
+    losses, gradients = [], []
+    for number in range(3):
+        model = Transformer(config, S, seed=3).double()
+        if number == 0:
+            model = lss.parallelize(model, mesh(cp))
+        if number < 2:
+            loss = model(ids, labels, **given).loss
+        elif what == "mask_mod":
+            break  # the rules of the oracle know none; tests/distributed/test_masks.py holds attention itself to one
+        else:
+            plain = {name: x for name, x in given.items() if name != "cu_seqlens"} | ({"edges": edges} if edges else {})
+            losses += one_process(config, S, torch.float64, [(ids, shifted)], **plain)[0]
+            break
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    spread = max(abs(x - losses[0]) for x in losses)
+    return spread, max(gradient_errors(*gradients).values())
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3])
+@pytest.mark.parametrize("what", ["documents", "padding", "source", "prefix", "mask_mod"])
+def test_features_given_with_a_whole_batch(cp, what):
+    for loss, gradient in pool(cp).run(_whole_batches, cp, what):
         assert loss <= 1e-13
         assert gradient <= 1e-12
 
@@ -127,6 +181,33 @@ def _misuse(what):
         model(ids[:, :4])
     if what == "label shape":
         model(ids, ids[:, :5])
+    if what == "learned documents":
+        learned = lss.parallelize(Transformer(model_config(positions="learned"), 8), mesh(2))
+        learned(ids, ids, cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32))
+    if what == "two rows of documents":
+        model(ids.repeat(2, 1), cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32))
+    if what == "mask shape":
+        model(ids, attention_mask=torch.ones(1, 5))
+    both = lss.parallelize(Transformer(model_config(kind="encoder_decoder"), 8), mesh(2)) if "source" in what else None
+    if what == "source mask shape":
+        both(ids, source_ids=ids[:, :5], source_mask=torch.ones(1, 4))
+    if what == "documents with a source":
+        both(ids, source_ids=ids, cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32))
+    if what == "mask of no source":
+        model(ids, source_mask=torch.ones(1, 8))
+    if what == "negative prefix":
+        model(ids, prefix=-3)
+    if what == "plain mask shape":
+        Transformer(config, 8)(ids, attention_mask=torch.ones(1, 5))
+    if what == "no source":
+        lss.parallelize(Transformer(model_config(kind="encoder_decoder"), 8), mesh(2))(ids)
+    if what == "source of a decoder":
+        model(ids, source_ids=ids)
+    if what == "long learned":
+        packed = lss.parallelize(Transformer(model_config(positions="learned"), 6), mesh(2), packed=True)
+        packed(ids)
+    if what == "cross under ring":
+        lss.parallelize(Transformer(model_config(kind="encoder_decoder"), 8), mesh(2), strategy="ring")
     if what == "second backward":
         model(ids, ids).loss.backward()
         model(ids, ids).loss.backward()
@@ -147,6 +228,18 @@ def _misuse(what):
         ("precut labels", "Refused", "shift_labels"),
         ("precut positions", "Refused", "positions"),
         ("label shape", "Refused", "labels=(1, 5)"),
+        ("learned documents", "Refused", "packed=True"),
+        ("two rows of documents", "Refused", "2 rows"),
+        ("mask shape", "Refused", "attention_mask=(1, 5)"),
+        ("source mask shape", "Refused", "source_mask=(1, 4)"),
+        ("documents with a source", "Refused", "cu_seqlens"),
+        ("mask of no source", "Refused", "source_mask=(1, 8)"),
+        ("negative prefix", "Refused", "prefix=-3"),
+        ("plain mask shape", "Refused", "attention_mask=(1, 5)"),
+        ("no source", "Refused", "source_ids=None"),
+        ("source of a decoder", "Refused", "has no source"),
+        ("long learned", "Refused", "6 rows"),
+        ("cross under ring", "Refused", "strategy='ring' with model.kind"),
         ("second backward", "RuntimeError", "no_sync"),
     ],
 )

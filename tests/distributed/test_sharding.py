@@ -64,7 +64,7 @@ def _refused(what):
     if what == "attention":
         lss.attention(*(torch.randn(1, 6, 2, 8) for _ in range(3)), mesh=mesh(2), seq_len=40)
     if what == "cu_seqlens":
-        lss.make_segment(8, mesh(2), cu_seqlens=torch.tensor([0, 8], dtype=torch.int32))
+        lss.make_segment(8, mesh(2), cu_seqlens=torch.tensor([0, 9], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("what, words", [("length", "length=8"), ("seg", "seq_len 7"), ("attention", "seq_len=40"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lss.config.support import pairs, why_refused
 from tests.distributed.cases import attention_case
 from tests.distributed.model_cases import parity_case
 from tests.distributed.pool import pool
+from tests.distributed.test_parity import FEATURES, SEQ2SEQ
+from tests.distributed.test_support import CUDA, ON, both_on
 
 pytestmark = [
     pytest.mark.multigpu,
@@ -53,3 +56,55 @@ def test_model_gradients_in_float64(cp, dp, strategy, positions):
     for result in pool(2, "nccl").run(parity_case, cp, dp, **options):
         for what in ("gradient", "loss", "logits", "norm", "clipped"):
             assert result[what] <= 1e-12, what
+
+
+@pytest.mark.parametrize("a, b", [pair for pair in pairs() if "tp" not in pair and "sdpa_cpu" not in pair])
+def test_every_pair_of_features_is_exact_or_refused(a, b):
+    """The support table on GPUs: float64 by plain torch, and the fused kernels in the precision that they have."""
+    options = {"S": 206, "N": 4, "K": 2, "H": 64, "B": 1} | both_on(a, b)
+    fused = {a, b} & CUDA
+    if fused:
+        options["dtype"] = torch.bfloat16
+    for ok, result in pool(2, "nccl").outcomes(attention_case, 2, **_lengthened(options)):
+        if why_refused(a, b) is not None:
+            assert not ok, "neither exact nor refused"
+            assert result[0] == "Refused", result[2]
+            assert ON[a][1] in result[1]
+            assert ON[b][1] in result[1]
+            continue
+        assert ok, result[2]
+        # half precision: what the operators' own rounding of P and dS leaves, as in test_cuda_kernels
+        assert max(result[0]) <= (1e-2 if fused else 1e-12), result[0]
+
+
+def _lengthened(options):
+    """Documents, padding and keys for 206 tokens instead of 26."""
+    longer = {"cu_seqlens": [0, 30, 31, 140, 206], "keep": [[(9, 190)]]}
+    options = options | {name: longer[name] for name in longer if name in options}
+    if "kv" in options:
+        k_edges = [0, 1, 60, 80, 150] if options["kv"][3] else None
+        options["kv"] = (150, *options["kv"][1:3], k_edges)
+        if "keep" in options:
+            options["keep"] = [[(9, 133)]]
+    return options
+
+
+@pytest.mark.parametrize("name", [*FEATURES, *SEQ2SEQ])
+@pytest.mark.parametrize("cp, dp", [(2, 1), (1, 2)])
+def test_every_feature_of_a_model_in_float64(name, cp, dp):
+    options = (FEATURES | SEQ2SEQ)[name]
+    rows = dp if "cu_seqlens" in options.get("given", {}) else 4
+    shared = {"seq_len": 23, "labels": "uneven", "rows": rows} | options
+    for result in pool(2, "nccl").run(parity_case, cp, dp, **shared):
+        for what in ("gradient", "loss", "logits", "norm", "clipped"):
+            assert result[what] <= 1e-12, what
+
+
+@pytest.mark.parametrize("order", ["head_tail", "contiguous", "balanced"])
+@pytest.mark.parametrize("window", [None, 1, 100, 1000])
+def test_documents_and_windows_in_half_precision_are_no_worse_than_one_gpu(order, window):
+    edges = [0, 1, 300, 301, 1700, 2048]
+    options = {"S": 2048, "N": 8, "K": 2, "H": 128, "B": 1, "dtype": torch.bfloat16, "window": window, "cu_seqlens": edges}
+    ((own, *_),) = pool(1, "nccl").run(attention_case, 1, order=order, **options)
+    for errors, *_ in pool(2, "nccl").run(attention_case, 2, order=order, **options):
+        assert all(found <= 1.25 * one + 1e-6 for found, one in zip(errors, own, strict=True)), (errors, own)

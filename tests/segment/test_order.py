@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lss.config.errors import Refused
-from lss.segment import ORDERS, make_segment
+from lss.segment import ORDERS, make_blocks, make_mask, make_segment
+from lss.segment.documents import area_before
 
 CUTS = st.tuples(st.integers(1, 300), st.integers(1, 9), st.sampled_from(ORDERS))
 
@@ -85,7 +89,6 @@ def test_one_rank_needs_no_padding_in_either_order():
         ({"seq_len": 0}, "seq_len=0"),
         ({"seq_len": 2.5}, "seq_len=2.5"),
         ({"order": "zigzag"}, "order=zigzag"),
-        ({"order": "balanced"}, "packed documents"),
         ({"rank": 2}, "rank=2"),
     ],
 )
@@ -93,3 +96,106 @@ def test_refusals_name_the_setting(arguments, words):
     arguments = {"seq_len": 8, "cp": 2, "rank": 0, "order": "contiguous"} | arguments
     with pytest.raises(Refused, match=words):
         make_segment(arguments.pop("seq_len"), **arguments)
+
+
+@st.composite
+def packed(draw):
+    """(seq_len, cp, order, borders, causal, window)."""
+    seq_len = draw(st.integers(1, 120))
+    inner = draw(st.lists(st.integers(0, seq_len), max_size=8))
+    borders = draw(st.sampled_from([None, sorted({0, seq_len, *inner})]))
+    window = draw(st.none() | st.integers(1, seq_len))
+    return seq_len, draw(st.integers(1, 6)), draw(st.sampled_from(ORDERS)), borders, draw(st.booleans()), window
+
+
+def scores_seen(segment, blocks, key_positions, seq_len):
+    """How often each (local query, global key) pair is computed by some blocks, from the definition of a block."""
+    seen = torch.zeros(segment.local_len, seq_len, dtype=torch.int)
+    for b in blocks:
+        n, m = b.q_stop - b.q_start, b.k_stop - b.k_start
+        offset = (torch.arange(m)[None, :] - torch.arange(n)[:, None]) - (m - n)
+        left, right = b.window or (m + n, 0 if b.causal else m + n)
+        visible = (offset >= -left) & (offset <= right)
+        assert visible.any(1).all(), "a block has no query that sees nothing"
+        for i in range(n):
+            seen[b.q_start + i, key_positions[b.k_start : b.k_stop]] += visible[i].int()
+    return seen
+
+
+@given(packed())
+def test_blocks_of_documents_and_windows_cover_exactly_what_is_visible(problem):
+    seq_len, cp, order, borders, causal, window = problem
+    distance = torch.arange(seq_len)[:, None] - torch.arange(seq_len)[None, :]
+    allowed = distance >= 0 if causal else torch.ones(seq_len, seq_len, dtype=torch.bool)
+    allowed &= distance.abs() < (window or seq_len)
+    if borders:
+        document = torch.bucketize(torch.arange(seq_len), torch.tensor(borders)[1:], right=True)
+        allowed &= document[:, None] == document[None, :]
+    ranks = [make_segment(seq_len, cp=cp, rank=r, order=order, cu_seqlens=borders, causal=causal, window=window)
+             for r in range(cp)]  # fmt: skip
+    held = torch.cat([s.positions for s in ranks])
+    assert sorted(held.tolist()) == list(range(len(held)))
+    for segment in ranks:
+        expected = torch.zeros(segment.local_len, seq_len, dtype=torch.int)
+        true = segment.positions < seq_len
+        expected[true] = allowed[segment.positions[true]].int()
+        gathered = scores_seen(segment, segment.blocks(causal, window), torch.arange(seq_len), seq_len)
+        assert torch.equal(gathered, expected)
+        mask = make_mask(segment.documents, causal=causal, window=window)
+        travelling = sum(
+            scores_seen(segment, make_blocks(segment.local_runs, other.local_runs, mask), other.positions, seq_len)
+            for other in ranks
+        )
+        assert torch.equal(travelling, expected)
+
+
+def long_tailed_borders(seq_len, seed):
+    """Borders of documents whose lengths are log-normal: many short, a few that span segments."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.lognormal(6.5, 1.6, size=seq_len // 50).astype(int).clip(1)
+    edges = np.concatenate(([0], np.cumsum(lengths)))
+    return [*edges[edges < seq_len].tolist(), seq_len]
+
+
+@pytest.mark.parametrize("seq_len", [1 << 16, 1 << 18, 1 << 20, 1 << 22])
+@pytest.mark.parametrize("cp", [2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("window", [None, 4096])
+def test_balanced_order_balances_packed_documents(seq_len, cp, window):
+    for seed in range(3):
+        borders = long_tailed_borders(seq_len, seed)
+        segment = make_segment(seq_len, cp=cp, rank=0, order="balanced", cu_seqlens=borders, window=window)
+        work = []
+        for share in segment.shares:
+            starts = np.array(share) * segment.chunk_len
+            stops = np.minimum(starts + segment.chunk_len, seq_len)
+            areas = area_before(borders, np.stack((starts, stops)).clip(max=seq_len), True, window)
+            work.append(int((areas[1] - areas[0]).sum()))
+        assert max(work) <= 1.05 * sum(work) / cp
+        assert len({len(share) for share in segment.shares}) == 1
+        assert len(segment.shares[0]) >= 8
+
+
+def test_balanced_order_is_planned_in_a_moment():
+    borders = long_tailed_borders(1 << 20, 0)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        make_segment(1 << 20, cp=64, rank=0, order="balanced", cu_seqlens=borders)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.05
+
+
+@given(packed(), st.data())
+def test_counted_area_is_the_number_of_visible_scores(problem, data):
+    seq_len, _, _, borders, causal, window = problem
+    edges = borders or [0, seq_len]
+    place = data.draw(st.integers(0, seq_len))
+    segment = make_segment(seq_len, cp=1, rank=0, cu_seqlens=borders)
+    seen = scores_seen(segment, segment.blocks(causal, window), torch.arange(seq_len), seq_len)
+    assert int(area_before(edges, np.array([place]), causal, window)[0]) == int(seen[:place].sum())
+
+
+def test_positions_restart_in_documents_only_where_asked():
+    segment = make_segment(10, cp=2, rank=1, order="contiguous", cu_seqlens=[0, 3, 7, 10])
+    assert segment.positions.tolist() == [5, 6, 7, 8, 9]
+    assert segment.document_positions.tolist() == [2, 3, 0, 1, 2]

@@ -1,0 +1,174 @@
+"""Leak probes: change tokens that must not matter somewhere, and count the logits that change there all the same.
+
+Two forward passes of the laid-out model are compared bit by bit. Each probe also counts the logits that were *allowed*
+to change: a probe under which nothing changes at all has shown nothing, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from lss.comm import Communicator
+from lss.config import Config
+from lss.data.reader import Batch
+from lss.mesh import axis_group
+from lss.segment import Segment, make_segment
+from lss.segment.documents import area_before
+from lss.train.steps import autocast, model_inputs
+from lss.train.trainer import build_model
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One probe's outcome, over all ranks: tokens whose logits changed where none may, and where they may."""
+
+    name: str
+    leaked: int
+    checked: int
+    affected: int
+
+    @property
+    def ok(self) -> bool:
+        """Nothing leaked, something was looked at, and the change did matter to somebody."""
+        return self.leaked == 0 and self.checked > 0 and self.affected > 0
+
+
+# (name, change of the batch's inputs in place, places (T,) -> which may change)
+Trial = tuple[str, Callable[[dict[str, Any]], None], Callable[[torch.Tensor], torch.Tensor]]
+
+
+def leak_probes(config: Config, mesh: DeviceMesh, batch: Batch) -> list[Probe]:
+    """Every probe that this config's masks give rise to, on one batch. Every rank must call.
+
+    Collectives: those of two forward passes and one all-reduce of two numbers for each probe.
+    """
+    assert batch.segment is not None
+    model = build_model(config, mesh)
+    model.eval()
+    segment, everyone = batch.segment, Communicator(axis_group(mesh, ("dp", "cp")))
+    device = torch.device(mesh.device_type)
+    places = segment.positions.to(device)
+    true = places < segment.seq_len
+    inputs = model_inputs(batch, config, device)
+
+    def logits(change: Callable[[dict[str, Any]], None], masked: bool) -> torch.Tensor:
+        mine = {**inputs, "input_ids": inputs["input_ids"].clone()}
+        if masked:
+            mine["attention_mask"] = _masked(segment, len(batch.tokens))
+        change(mine)
+        with torch.no_grad(), autocast(config.train.dtype, device.type):
+            return model(**mine).logits
+
+    probes = []
+    for name, change, may in _trials(config, batch, places):
+        masked = name.startswith("attention_mask")
+        changed = (logits(lambda _: None, masked) != logits(change, masked)).any(-1)
+        allowed = may(places) & true
+        counts = torch.stack([(changed & (true & ~allowed)).sum(), (true & ~allowed).sum() * len(changed),
+                              (changed & allowed).sum()])  # fmt: skip
+        leaked, checked, affected = everyone.all_reduce(counts, "probe").wait().tolist()
+        if name == "padding":  # padding itself is nobody's: that the change reached it is what shows it was made
+            affected = int(segment.padded_len > segment.seq_len)
+        if checked:
+            probes.append(Probe(name, leaked, checked, affected))
+    return probes
+
+
+def _masked(segment: Segment, rows: int) -> torch.Tensor:
+    """A padding mask whose last third is padding."""
+    mask = torch.ones(rows, segment.seq_len, dtype=torch.bool)
+    mask[:, -max(segment.seq_len // 3, 1) :] = False
+    return mask
+
+
+def _trials(config: Config, batch: Batch, places: torch.Tensor) -> list[Trial]:
+    """What can be tried on this config and batch."""
+    segment, kind = batch.segment, config.model.kind
+    assert segment is not None
+    S, trials = segment.seq_len, []
+
+    def other_bytes(first: int, end: int) -> Callable[[dict[str, Any]], None]:
+        def change(inputs: dict[str, Any]) -> None:
+            ids = inputs["input_ids"]
+            inside = (places >= first) & (places < end)
+            ids[:, inside] = (ids[:, inside] + 1) % 256
+
+        return change
+
+    if len(segment.documents) > 2:
+        first, end = _middle_document(segment)
+        trials.append((f"documents: {first}..{end - 1} changed", other_bytes(first, end), _between(first, end)))
+    reach = _reach(config)
+    if reach is not None and reach < S - 1:
+        at = S // 3 if kind == "decoder" else S // 2
+        behind = 0 if kind == "decoder" and at >= config.data.prefix else reach
+        trials.append((f"window: token {at} changed", other_bytes(at, at + 1), _between(at - behind, at + reach + 1)))
+    if kind != "encoder" and config.data.prefix < S - max(S // 3, 1):
+        late = S - max(S // 3, 1)
+        trials.append((f"future: {late}..{S - 1} changed", other_bytes(late, S), _between(late, S)))
+    if segment.padded_len > S:
+        trials.append(("padding", other_bytes(S, segment.padded_len), lambda at: torch.zeros_like(at, dtype=torch.bool)))
+    if kind == "encoder":
+        late = S - max(S // 3, 1)
+        trials.append((f"attention_mask: {late}..{S - 1} padded and changed", other_bytes(late, S), _between(late, S)))
+    return trials
+
+
+def _between(first: int, end: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda places: (places >= first) & (places < end)
+
+
+def _middle_document(segment: Segment) -> tuple[int, int]:
+    """A document in the middle of a packed sequence, of more than one token where there is one."""
+    documents = list(zip(segment.documents, segment.documents[1:], strict=False))
+    longer = [d for d in documents[:-1] if d[1] - d[0] > 1] or documents
+    return longer[len(longer) // 2]
+
+
+def _reach(config: Config) -> int | None:
+    """How far a token's influence goes through all layers' windows; None where a layer sees everything."""
+    windows = config.model.windows
+    if config.model.kind == "encoder_decoder" or not windows or not all(windows):
+        return None
+    return sum(windows[layer % len(windows)] - 1 for layer in range(config.model.n_layers))
+
+
+def work_ratios(config: Config, borders: Sequence[torch.Tensor | None]) -> dict[str, float]:
+    """max/mean attention scores of a rank over the config's sequences with these documents, by order.
+
+    Counted over all layers, for the order that the config asks for first, then for those it could ask for.
+    """
+    orders = dict.fromkeys((config.parallel.order, "balanced", "head_tail", "contiguous"))
+    return {order: _work_ratio(config, borders, order) for order in orders}
+
+
+def _work_ratio(config: Config, borders: Sequence[torch.Tensor | None], order: str) -> float:
+    cp, S, model = config.parallel.cp, config.data.seq_len, config.model
+    assert isinstance(cp, int)
+    causal, windows = model.kind != "encoder", [w or None for w in model.windows] or [None]
+    balanced_by = max(model.windows) if model.windows and all(model.windows) else None
+    worst, mean = 0.0, 0.0
+    for cu_seqlens in borders:
+        loads = np.zeros(cp)
+        for rank in range(cp):
+            segment = make_segment(
+                S, cp=cp, rank=rank, order=order, cu_seqlens=cu_seqlens, causal=causal, window=balanced_by
+            )
+            spans = np.array([(start, stop) for _, _, start, stop in segment.local_runs], np.int64).reshape(-1, 2)
+            for layer in range(model.n_layers):
+                areas = area_before(segment.documents, spans, causal, windows[layer % len(windows)])
+                loads[rank] += (areas[:, 1] - areas[:, 0]).sum()
+        worst, mean = worst + loads.max(), mean + loads.mean()
+    return float(worst / max(mean, 1.0))
+
+
+def with_length(config: Config, seq_len: int) -> Config:
+    """The same config for another sequence length; a prefix that would fill it is shortened."""
+    prefix = min(config.data.prefix, max(seq_len // 2, 0)) if config.data.prefix else 0
+    return replace(config, data=replace(config.data, seq_len=seq_len, prefix=prefix))

@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_kv_heads": 4,
         "d_mlp": 352,
         "vocab_size": 256,
-        "positions": "learned",
+        "positions": "rope",
         "norm": "rmsnorm",
         "mlp": "swiglu",
         "tie_embeddings": True,

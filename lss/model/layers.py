@@ -66,8 +66,9 @@ class ModelOps:
 class Shared:
     """What every layer of one stack shares in one forward pass.
 
-    `attend` and `cross` compute its self-attention and its attention to `memory`, by `rules` and `cross_rules` with
-    each layer's own window, sinks and dropout seed; `drop(x, layer, place)` is dropout of activations.
+    `attend` computes its self-attention by `rules`, the layout's cross-attention that to `memory` by `cross_rules`, with
+    each layer's own window, sinks and dropout seed; `drop(x, layer, place)` is dropout of activations; rotations are
+    (cos, sin) of the tokens' positions, and of the source's positions in the text.
     """
 
     ops: ModelOps
@@ -75,8 +76,8 @@ class Shared:
     rules: Rules
     drop: Callable[[torch.Tensor, int, int], torch.Tensor]
     seed: int
-    cos_TH: torch.Tensor | None = None
-    sin_TH: torch.Tensor | None = None
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+    source_rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     cross_rules: Rules = field(default_factory=Rules)
 
 
@@ -85,7 +86,8 @@ class Attention(nn.Module):
 
     Args:
         layer: its number among all blocks of the model, which picks its window and keys its dropout.
-        cross: keys and values come from another sequence; then there are neither rotary positions nor windows.
+        cross: keys and values come from another sequence; then there are no windows, and rotary positions only where the
+            source's tokens are given places in the text.
     """
 
     def __init__(self, config: ModelConfig, layer: int, cross: bool = False) -> None:
@@ -108,8 +110,9 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_size))
             for proj, x in ((self.q_proj, x_BTD), (self.k_proj, source), (self.v_proj, source))
         )
-        if shared.cos_TH is not None and shared.sin_TH is not None and not self.cross:
-            q, k = (rotate(x, shared.cos_TH, shared.sin_TH) for x in (q, k))
+        of_keys = shared.source_rotation if self.cross else shared.rotation
+        if shared.rotation is not None and of_keys is not None:
+            q, k = rotate(q, *shared.rotation), rotate(k, *of_keys)
         attend, rules = (shared.ops.cross_attention, shared.cross_rules) if self.cross else (shared.attend, shared.rules)
         if rules.dropout_p:
             place = CROSS_PROBABILITIES if self.cross else PROBABILITIES

@@ -88,6 +88,7 @@ class Transformer(nn.Module):
         source_mask: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
         source_places: torch.Tensor | None = None,
+        source_positions: torch.Tensor | None = None,
         ops: ModelOps | None = None,
     ) -> ModelOutput:
         """Compute logits and, with labels, the mean cross-entropy in nats.
@@ -106,6 +107,8 @@ class Transformer(nn.Module):
             prefix: the first tokens (of each document) that see each other; decoders only.
             mask_mod: what may be seen besides, as in `lss.attention`.
             source_ids, source_mask: (B, T_source), an encoder-decoder's source, and its padding.
+            source_positions: (T_source,) int64, where each source token stands in the text, if it has a place there (every
+                second byte of it, for one): with rotary positions the text then sees the source by distance.
             places, source_places: (T,) int64, the tokens' places in the whole sequence, which key dropout; 0..T-1 by
                 default.
             ops: the parallel layout of this pass, from `lss.parallelize`; one device by default.
@@ -129,6 +132,8 @@ class Transformer(nn.Module):
         else:
             cross_rules = rules
         shared = self._shared(ops, ops.attention, rules, seed, positions, places)
+        if source_positions is not None and shared.rotation is not None:
+            shared = replace(shared, source_rotation=rope(source_positions, self.config, shared.rotation[0].dtype))
         x_BTD = self._embed(input_ids, self.position_table, positions, shared, layer=0)
         x_BTD = self._run(self.blocks, x_BTD, replace(shared, cross_rules=cross_rules), memory)
         x_BTD = self.final_norm(x_BTD)
@@ -211,13 +216,13 @@ class Transformer(nn.Module):
                 return x_BTD
             return keyed_dropout(x_BTD, p, seed=fold(seed, layer, place), samples_B=samples, positions_T=where)
 
-        cos, sin = None, None
+        rotation = None
         if self.config.positions == "rope":
             dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
             # only the text's attention may compute on other tokens than the layer holds
             at = ops.positions(positions) if attend is ops.attention else positions
-            cos, sin = rope(at, self.config, dtype)
-        return Shared(ops, attend, rules, drop, seed, cos, sin)
+            rotation = rope(at, self.config, dtype)
+        return Shared(ops, attend, rules, drop, seed, rotation)
 
     def _embed(self, ids, table: nn.Embedding | None, positions, shared: Shared, layer: int) -> torch.Tensor:
         x_BTD = self.embedding(ids)

@@ -170,6 +170,9 @@ class Layout:
         segment = self.source_segment((length or ids.shape[1] * self.cp.size) if self.precut else ids.shape[1])
         if not self.precut:
             inputs["source_ids"] = shard(ids, self.mesh, seg=segment, pad_value=0)
+            if inputs.get("source_positions") is not None:
+                where = inputs["source_positions"]
+                inputs["source_positions"] = shard(where, self.mesh, dim=0, seg=segment, pad_value=0)
         elif segment.local_len != ids.shape[1]:
             fit = f"a segment of {segment.seq_len} tokens has {segment.local_len}"
             raise refuse("source_ids", tuple(ids.shape), fit)

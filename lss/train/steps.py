@@ -73,6 +73,7 @@ def model_inputs(batch: Batch, config: Config, device: torch.device, *, cut: boo
         inputs["seq_len"] = config.data.seq_len
     if batch.source is not None and batch.source_segment is not None:
         inputs["source_ids"] = batch.source.to(device)
+        inputs["source_positions"] = (batch.source_segment.positions * config.data.source_every).to(device)
         if cut:
             inputs["source_len"] = batch.source_segment.seq_len
     return inputs

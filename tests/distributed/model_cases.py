@@ -128,6 +128,8 @@ def parity_case(
     if config.kind == "encoder_decoder":
         generator = torch.Generator().manual_seed(7)
         given["source_ids"] = torch.randint(config.vocab_size, (rows, 2 * seq_len // 3 + 1), generator=generator).to(device)
+        if config.positions == "rope":
+            given["source_positions"] = 2 * torch.arange(2 * seq_len // 3 + 1, device=device)
     borders = given.get("cu_seqlens")
     plain = {name: x for name, x in given.items() if name != "cu_seqlens"}
     plain |= {} if borders is None else {"edges": borders.tolist()}
@@ -153,6 +155,8 @@ def parity_case(
                     source = layout.source_segment(whole.shape[1])
                     batch["source_ids"] = lss.shard(whole, the_mesh, seg=source, pad_value=0)
                     batch["source_len"] = whole.shape[1]
+                    if "source_positions" in batch:
+                        batch["source_positions"] = lss.shard(batch["source_positions"], the_mesh, dim=0, seg=source)
             if number + 1 < len(data):
                 with parallel.no_sync():
                     output = parallel(ids, **batch)

@@ -120,11 +120,11 @@ MUTANTS = (
         (f"{PARITY}[float32-lss-cp2-dp1]",),
     ),
     Mutant(
-        "padding is seen as keys",
-        "lss/segment/order.py",
-        "        return self.edges or (0, self.seq_len)",
-        "        return self.edges or (0, self.padded_len)",
-        ("tests/segment/test_order.py", "tests/distributed/test_attention.py"),
+        "padding counts as a label",
+        "lss/context_parallel/sharding.py",
+        "pad_value = IGNORE_INDEX if not",
+        "pad_value = 0 if not",
+        (f"{PARITY}[float32-lss-cp4-dp1]", "tests/distributed/test_model.py"),
     ),
     Mutant(
         "documents see the one before them",
@@ -145,7 +145,8 @@ MUTANTS = (
         "lss/segment/order.py",
         "return positions_in_document(self.documents, self.positions)",
         "return self.positions",
-        (f"{PARITY}[documents-head_tail-cp2-dp1]",),
+        # rotary positions are relative, and inside a document the same; a learned table is not
+        (f"{PARITY}[documents-learned-head_tail-cp2-dp1]",),
     ),
     Mutant(
         "attention drops out by a token's place in its segment",

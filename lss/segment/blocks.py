@@ -34,7 +34,7 @@ class Block:
     k_place: int = 0
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def make_blocks(
     q_runs: tuple[LocalRun, ...], k_runs: tuple[LocalRun, ...], mask: Mask, placed: bool = True
 ) -> tuple[Block, ...]:

@@ -40,7 +40,7 @@ class Fetch:
         return sum(self.counts)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def plan_fetch(queries: Segment, keys: Segment, masks: tuple[Mask, ...]) -> Fetch | None:
     """This rank's part of the exchange of keys; None where all ranks are to gather all keys.
 

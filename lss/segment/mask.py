@@ -93,7 +93,7 @@ def merged(runs: Iterable[Run]) -> tuple[Run, ...]:
     return tuple(union)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def make_mask(
     edges: Sequence[int],
     *,

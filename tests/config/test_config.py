@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lss.config import Config, Refused, load_config, markdown_table
 from lss.config.sections import SECTIONS, keys_of, known_keys
+from lss.config.support import pairs, why_refused
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -248,3 +249,40 @@ def test_resolving_the_mesh():
 def test_documented_keys_are_the_keys():
     assert (ROOT / "docs" / "config.md").read_text().split("<!-- table -->\n")[1] == markdown_table() + "\n"
     assert len(known_keys()) == sum(len(keys_of(section)) for section in SECTIONS)
+
+
+# how a config switches a feature of the support table on
+IN_A_CONFIG = {
+    "ring": ['parallel.strategy="ring"'],
+    "ulysses": ['parallel.strategy="ulysses"'],
+    "tp": ['parallel.strategy="tp"'],
+    "balanced": ['parallel.order="balanced"'],
+    "regather=False": ["parallel.regather=false"],
+    "head_chunks": ["parallel.head_chunks=2"],
+    "documents": ["data.packing=true", "train.batch_size=1"],
+    "prefix": ["data.prefix=5"],
+    "window": ["model.windows=[8]"],
+    "softcap": ["model.softcap=5.0"],
+    "alibi_slopes": ['model.positions="alibi"'],
+    "sinks": ["model.sinks=true"],
+    "dropout_p": ["model.attention_dropout=0.1"],
+    "cross-attention": ['model.kind="encoder_decoder"'],
+    "sdpa_cpu": ['parallel.kernel="sdpa"'],
+}
+# an encoder-decoder has these in its self-attention, where they are exact, and not between its two sequences
+BESIDE_CROSS = {"window", "alibi_slopes"}
+
+
+@pytest.mark.parametrize("a, b", [(a, b) for a, b in pairs() if a in IN_A_CONFIG and b in IN_A_CONFIG])
+def test_configs_take_every_pair_or_refuse_it_by_both_keys(a, b):
+    overrides = [*IN_A_CONFIG[a], *IN_A_CONFIG[b]]
+    reason = None if "cross-attention" in (a, b) and {a, b} & BESIDE_CROSS else why_refused(a, b)
+    if {a, b} in ({"documents", "cross-attention"}, {"prefix", "cross-attention"}):
+        reason = "one source for one text, and nothing before it that sees all"  # of the model, not of attention
+    if reason is None:
+        load_config(None, overrides).resolved(2)
+        return
+    with pytest.raises(Refused) as refusal:
+        load_config(None, overrides).resolved(2)
+    for override in (IN_A_CONFIG[a][0], IN_A_CONFIG[b][0]):
+        assert override.split("=")[0] in str(refusal.value)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lss
-from tests.distributed.cases import attention_case
+from lss.segment import make_segment
+from tests.distributed.cases import attention_case, visible
 from tests.distributed.pool import mesh, pool
 
 STRATEGIES = ["lss", "ring", "ulysses"]
@@ -123,6 +124,27 @@ def test_lower_precision_with_a_window(strategy, dtype, bound, kernel):
     options = {"dtype": dtype, "window": 9, "cu_seqlens": [0, 30, 80], "kernel": kernel}
     for errors, *_ in pool(4).run(attention_case, 4, S=80, N=4, K=2, B=1, strategy=strategy, **options):
         assert max(errors) <= bound
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "window, cu_seqlens, prefix", [(5, None, 0), (40, None, 0), (None, [0, 10, 33, 64], 0), (7, [0, 50, 64], 3)]
+)
+def test_bytes_sent_are_those_of_the_keys_seen_and_no_more(order, window, cu_seqlens, prefix):
+    """2 B L K H elements forward and back, L the keys that any query of the rank sees, counted from the mask itself."""
+    S, K, H = 64, 2, 4
+    options = {"S": S, "N": 4, "K": K, "H": H, "B": 1, "order": order, "window": window, "prefix": prefix, "regather": False}
+    if cu_seqlens:
+        options["cu_seqlens"] = cu_seqlens
+    allowed = visible(S, True, window, cu_seqlens, prefix)
+    for rank, (errors, forward, backward, *_) in enumerate(pool(4).run(attention_case, 4, **options)):
+        assert max(errors) <= BOUND
+        segment = make_segment(S, cp=4, rank=rank, order=order, cu_seqlens=cu_seqlens, window=window)
+        seen = int(allowed[segment.positions].any(0).sum())
+        assert forward == [("all_to_all", "kv", 1, 2 * seen * K * H * 8)]
+        assert backward == [("all_to_all", "dkv", 1, 2 * seen * K * H * 8)]
+        if order == "contiguous" and window and not cu_seqlens:
+            assert seen <= S // 4 + window - 1
 
 
 def _influence(strategy, order, change, window, cu_seqlens):

@@ -113,6 +113,19 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, change, words):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def test_a_corpus_that_changed_is_refused_on_resume(tmp_path):
+    """Other bytes under the same path would be another run's continuation."""
+    text = tmp_path / "text"
+    text.write_bytes(bytes(range(256)) * 40)
+    options = [f"data.path={text}", "data.held_out=0.2"]
+    run(1, tmp_path / "run", "train.steps=1", *options)
+    text.write_bytes(bytes(range(256)) * 50)
+    ((ok, error),) = pool(1).outcomes(train_run, 1, str(tmp_path / "run"), ["train.steps=3", *options])
+    assert not ok
+    assert error[0] == "Refused"
+    assert "data.path" in error[1]
+
+
 def test_rows_hold_what_is_promised(tmp_path):
     run(2, tmp_path, "train.steps=3", "train.eval_every=2", "data.seq_len=48")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -113,9 +113,8 @@ class Transformer(nn.Module):
                 default.
             ops: the parallel layout of this pass, from `lss.parallelize`; one device by default.
         """
-        if ops is None:
-            self.refuse_misfits(input_ids, cu_seqlens, prefix, attention_mask, source_ids, source_mask)
         if ops is None:  # whole sequences on one device
+            self.refuse_misfits(input_ids, cu_seqlens, prefix, attention_mask, source_ids, source_mask)
             segment = make_segment(input_ids.shape[1], cp=1, rank=0, cu_seqlens=cu_seqlens)
             ops = one_device(segment, None if source_ids is None else source_ids.shape[1])
             positions = segment.document_positions.to(input_ids.device) if positions is None else positions

@@ -39,7 +39,9 @@ class Probe:
         return self.leaked == 0 and self.checked > 0 and self.affected > 0
 
 
-# (name, change of the batch's inputs in place, places (T,) -> which may change)
+# every kind of probe, in one order: data-parallel ranks hold other documents, and must still talk in step
+KINDS = ("documents", "window", "future", "padding", "attention_mask")
+# (what was changed, change of the batch's inputs in place, places (T,) -> which may change)
 Trial = tuple[str, Callable[[dict[str, Any]], None], Callable[[torch.Tensor], torch.Tensor]]
 
 
@@ -56,6 +58,7 @@ def leak_probes(config: Config, mesh: DeviceMesh, batch: Batch) -> list[Probe]:
     places = segment.positions.to(device)
     true = places < segment.seq_len
     inputs = model_inputs(batch, config, device)
+    inputs.pop("shift_labels")  # a loss would be summed over data-parallel ranks, whose trials differ
 
     def logits(change: Callable[[dict[str, Any]], None], masked: bool) -> torch.Tensor:
         mine = {**inputs, "input_ids": inputs["input_ids"].clone()}
@@ -65,18 +68,24 @@ def leak_probes(config: Config, mesh: DeviceMesh, batch: Batch) -> list[Probe]:
         with torch.no_grad(), autocast(config.train.dtype, device.type):
             return model(**mine).logits
 
-    probes = []
-    for name, change, may in _trials(config, batch, places):
-        masked = name.startswith("attention_mask")
+    def compare(change: Callable[[dict[str, Any]], None], may: Callable, masked: bool) -> torch.Tensor:
+        """Of this rank's tokens: how many changed that may not, how many may not, how many changed that may."""
         changed = (logits(lambda _: None, masked) != logits(change, masked)).any(-1)
         allowed = may(places) & true
-        counts = torch.stack([(changed & (true & ~allowed)).sum(), (true & ~allowed).sum() * len(changed),
-                              (changed & allowed).sum()])  # fmt: skip
+        watched = true & ~allowed
+        return torch.stack([(changed & watched).sum(), watched.sum() * len(changed), (changed & allowed).sum()])
+
+    probes, trials = [], _trials(config, batch, places)
+    for kind in KINDS:
+        counts, what = torch.zeros(3, dtype=torch.int64, device=device), ""
+        if kind in trials:
+            what, change, may = trials[kind]
+            counts = compare(change, may, masked=kind == "attention_mask")
         leaked, checked, affected = everyone.all_reduce(counts, "probe").wait().tolist()
-        if name == "padding":  # padding itself is nobody's: that the change reached it is what shows it was made
-            affected = int(segment.padded_len > segment.seq_len)
+        if kind == "padding":  # nobody's: that there was some, and that it was changed, is all that can be shown
+            affected = checked
         if checked:
-            probes.append(Probe(name, leaked, checked, affected))
+            probes.append(Probe(f"{kind}: {what}" if what else kind, leaked, checked, affected))
     return probes
 
 
@@ -87,11 +96,12 @@ def _masked(segment: Segment, rows: int) -> torch.Tensor:
     return mask
 
 
-def _trials(config: Config, batch: Batch, places: torch.Tensor) -> list[Trial]:
-    """What can be tried on this config and batch."""
-    segment, kind = batch.segment, config.model.kind
+def _trials(config: Config, batch: Batch, places: torch.Tensor) -> dict[str, Trial]:
+    """What can be tried on this config and batch, by kind."""
+    segment, kind, prefix = batch.segment, config.model.kind, config.data.prefix
     assert segment is not None
-    S, trials = segment.seq_len, []
+    S, trials = segment.seq_len, {}
+    late = S - max(S // 3, 1)
 
     def other_bytes(first: int, end: int) -> Callable[[dict[str, Any]], None]:
         def change(inputs: dict[str, Any]) -> None:
@@ -103,20 +113,21 @@ def _trials(config: Config, batch: Batch, places: torch.Tensor) -> list[Trial]:
 
     if len(segment.documents) > 2:
         first, end = _middle_document(segment)
-        trials.append((f"documents: {first}..{end - 1} changed", other_bytes(first, end), _between(first, end)))
+        trials["documents"] = (f"{first}..{end - 1} changed", other_bytes(first, end), _between(first, end))
     reach = _reach(config)
     if reach is not None and reach < S - 1:
         at = S // 3 if kind == "decoder" else S // 2
-        behind = 0 if kind == "decoder" and at >= config.data.prefix else reach
-        trials.append((f"window: token {at} changed", other_bytes(at, at + 1), _between(at - behind, at + reach + 1)))
-    if kind != "encoder" and config.data.prefix < S - max(S // 3, 1):
-        late = S - max(S // 3, 1)
-        trials.append((f"future: {late}..{S - 1} changed", other_bytes(late, S), _between(late, S)))
+        behind = 0 if kind == "decoder" and not prefix else reach
+        trials["window"] = (f"token {at} changed", other_bytes(at, at + 1), _between(at - behind, at + reach + 1))
+    # tokens of a prefix see each other, so that a prefix that reaches beyond `late` is changed from its beginning
+    begins = max(edge for edge in segment.documents if edge <= late)
+    first = begins if prefix and late < begins + prefix else late
+    if kind != "encoder" and first > 0:
+        trials["future"] = (f"{late}..{S - 1} changed", other_bytes(late, S), _between(first, S))
     if segment.padded_len > S:
-        trials.append(("padding", other_bytes(S, segment.padded_len), lambda at: torch.zeros_like(at, dtype=torch.bool)))
+        trials["padding"] = ("", other_bytes(S, segment.padded_len), _between(S, S))
     if kind == "encoder":
-        late = S - max(S // 3, 1)
-        trials.append((f"attention_mask: {late}..{S - 1} padded and changed", other_bytes(late, S), _between(late, S)))
+        trials["attention_mask"] = (f"{late}..{S - 1} padded and changed", other_bytes(late, S), _between(late, S))
     return trials
 
 

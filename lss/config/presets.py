@@ -24,38 +24,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kind": "decoder",
         "rope_theta": 10000.0,
     },
-    # the same for restoring masked bytes, whose id 256 stands for a masked one
-    "tiny-encoder": {
-        "d_model": 128,
-        "n_layers": 4,
-        "n_heads": 8,
-        "n_kv_heads": 4,
-        "d_mlp": 352,
-        "vocab_size": 257,
-        "positions": "rope",
-        "norm": "rmsnorm",
-        "mlp": "swiglu",
-        "tie_embeddings": True,
-        "dropout": 0.0,
-        "kind": "encoder",
-        "rope_theta": 10000.0,
-    },
-    # n_layers of encoder and as many of decoder
-    "tiny-encoder-decoder": {
-        "d_model": 128,
-        "n_layers": 2,
-        "n_heads": 8,
-        "n_kv_heads": 4,
-        "d_mlp": 352,
-        "vocab_size": 256,
-        "positions": "rope",
-        "norm": "rmsnorm",
-        "mlp": "swiglu",
-        "tie_embeddings": True,
-        "dropout": 0.0,
-        "kind": "encoder_decoder",
-        "rope_theta": 10000.0,
-    },
     # a character model of the size that enwik8 results are usually reported with
     "enwik8": {
         "d_model": 512,
@@ -104,3 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
     },
 }
+# tiny, for restoring masked bytes; id 256 stands for a masked one
+PRESETS["tiny-encoder"] = PRESETS["tiny"] | {"vocab_size": 257, "kind": "encoder"}
+# n_layers of encoder and as many of decoder
+PRESETS["tiny-encoder-decoder"] = PRESETS["tiny"] | {"n_layers": 2, "kind": "encoder_decoder"}

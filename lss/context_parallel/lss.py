@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from lss.comm import Pending
 from lss.comm.collectives import KV, new_dkv, split_kv
 from lss.context_parallel.spec import AttentionSpec, head_groups
-from lss.kernels.blocks import add_sinks_, no_keys_yet, sinks_gradient
+from lss.kernels.blocks import add_sinks_, sinks_gradient
+from lss.kernels.merge import no_keys_yet
 from lss.segment import LocalRun
 
 HeadGroups = list[tuple[slice, slice]]

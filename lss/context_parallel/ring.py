@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from lss.comm.collectives import new_dkv, split_kv
 from lss.context_parallel.spec import AttentionSpec
-from lss.kernels.blocks import add_sinks_, no_keys_yet, sinks_gradient
+from lss.kernels.blocks import add_sinks_, sinks_gradient
+from lss.kernels.merge import no_keys_yet
 from lss.segment import LocalRun
 
 

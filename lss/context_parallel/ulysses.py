@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from lss.context_parallel.spec import AttentionSpec
 from lss.kernels import Work
-from lss.kernels.blocks import add_sinks_, no_keys_yet, sinks_gradient
+from lss.kernels.blocks import add_sinks_, sinks_gradient
+from lss.kernels.merge import no_keys_yet
 
 
 def ulysses_attention(

@@ -102,13 +102,6 @@ def make_work(kernel: Kernel, rules: Rules, queries: Segment, keys: Segment, q_B
     return Work(kernel, scale, queries.local_runs, masks, rules.scores())
 
 
-def no_keys_yet(q_BTNH: torch.Tensor) -> torch.Tensor:
-    """An lse of shape (B, N, T) for which no key has been seen: -inf everywhere."""
-    B, T, N, _ = q_BTNH.shape
-    dtype = torch.promote_types(q_BTNH.dtype, torch.float32)
-    return torch.full((B, N, T), float("-inf"), dtype=dtype, device=q_BTNH.device)
-
-
 def add_sinks_(out_BTNH: torch.Tensor, lse_BNT: torch.Tensor, sinks_N: torch.Tensor | None) -> None:
     """Let each head's sink take its share of the softmax, in place: lse' = logaddexp(lse, sink), out' = out e^(lse - lse').
 

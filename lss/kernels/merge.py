@@ -5,6 +5,17 @@ from __future__ import annotations
 import torch
 
 
+def lse_dtype(q: torch.Tensor) -> torch.dtype:
+    """float64 for float64 queries, float32 for all others."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def no_keys_yet(q_BTNH: torch.Tensor) -> torch.Tensor:
+    """An lse of shape (B, N, T) for which no key has been seen: -inf everywhere."""
+    B, T, N, _ = q_BTNH.shape
+    return torch.full((B, N, T), float("-inf"), dtype=lse_dtype(q_BTNH), device=q_BTNH.device)
+
+
 def merge(
     out_BTNH: torch.Tensor, lse_BNT: torch.Tensor, other_BTNH: torch.Tensor, other_lse_BNT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

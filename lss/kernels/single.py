@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from lss.kernels.blocks import Work, add_sinks_, make_work, no_keys_yet, sinks_gradient
+from lss.kernels.blocks import Work, add_sinks_, make_work, sinks_gradient
+from lss.kernels.merge import no_keys_yet
 from lss.kernels.rules import Rules
 from lss.kernels.table import pick_kernel
 from lss.segment import LocalRun, Segment, make_segment

@@ -18,6 +18,7 @@ import torch
 from lss.config.errors import refuse
 from lss.config.support import lacking
 from lss.kernels import reference, sdpa, tiled
+from lss.kernels.merge import no_keys_yet
 from lss.kernels.reference import Window
 from lss.kernels.rules import Scores
 
@@ -46,13 +47,13 @@ class Kernel(NamedTuple):
         An empty block kills the process in torch's CPU operator, and kernels disagree on the lse of a query that sees
         nothing (-inf, +inf, 0); here alone it becomes out 0 and lse -inf.
         """
-        B, T, N, _ = q_BTNH.shape
+        T = q_BTNH.shape[1]
         blind = _blind_queries(q_BTNH, k_BSKH, causal and window is None)
         how = _how(causal, scale, window, scores, (places[0] + blind, places[1]))
         if blind == 0:
             return self.run(q_BTNH, k_BSKH, v_BSKH, **how)
         out = torch.zeros_like(q_BTNH)
-        lse = torch.full((B, N, T), float("-inf"), dtype=lse_dtype(q_BTNH), device=q_BTNH.device)
+        lse = no_keys_yet(q_BTNH)
         if blind < T:
             out[:, blind:], lse[:, :, blind:] = self.run(q_BTNH[:, blind:], k_BSKH, v_BSKH, **how)
         return out, lse
@@ -100,11 +101,6 @@ def _blind_queries(q: torch.Tensor, k: torch.Tensor, causal: bool) -> int:
     if k.shape[1] == 0 or q.numel() == 0:
         return max(q.shape[1], 1)  # 1 also where there is no query, to keep empty blocks from the operators
     return max(q.shape[1] - k.shape[1], 0) if causal else 0
-
-
-def lse_dtype(q: torch.Tensor) -> torch.dtype:
-    """float64 for float64 queries, float32 for all others."""
-    return torch.promote_types(q.dtype, torch.float32)
 
 
 # The one table. "auto" takes the first that fits, in this order.

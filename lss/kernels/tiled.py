@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from lss.kernels import reference
-from lss.kernels.merge import merge
+from lss.kernels.merge import lse_dtype, merge, no_keys_yet
 from lss.kernels.reference import Window
 from lss.kernels.rules import Scores
 
@@ -39,10 +39,8 @@ def forward(
     places: tuple[int, int] = (0, 0),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.forward`."""
-    B, Tq, N, _ = q_BTNH.shape
-    dtype = torch.promote_types(q_BTNH.dtype, torch.float32)
+    dtype, lse = lse_dtype(q_BTNH), no_keys_yet(q_BTNH)
     out = torch.zeros_like(q_BTNH, dtype=dtype)
-    lse = torch.full((B, N, Tq), float("-inf"), dtype=dtype, device=q_BTNH.device)
     for t in tiles(q_BTNH, k_BSKH, causal, window, scores, places):
         # partial results stay in float32: rounding each to half precision would add up
         q, k, v = (x.to(dtype) for x in (q_BTNH[:, t.rows], k_BSKH[:, t.seen], v_BSKH[:, t.seen]))
@@ -66,7 +64,7 @@ def backward(
     places: tuple[int, int] = (0, 0),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.backward`."""
-    dtype = torch.promote_types(q_BTNH.dtype, torch.float32)
+    dtype = lse_dtype(q_BTNH)
     dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q_BTNH, k_BSKH, v_BSKH))
     for t in tiles(q_BTNH, k_BSKH, causal, window, scores, places):
         grads = reference.backward(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -68,9 +69,11 @@ def leak_probes(config: Config, mesh: DeviceMesh, batch: Batch) -> list[Probe]:
         with torch.no_grad(), autocast(config.train.dtype, device.type):
             return model(**mine).logits
 
+    unchanged = cache(lambda masked: logits(lambda _: None, masked))
+
     def compare(change: Callable[[dict[str, Any]], None], may: Callable, masked: bool) -> torch.Tensor:
         """Of this rank's tokens: how many changed that may not, how many may not, how many changed that may."""
-        changed = (logits(lambda _: None, masked) != logits(change, masked)).any(-1)
+        changed = (unchanged(masked) != logits(change, masked)).any(-1)
         allowed = may(places) & true
         watched = true & ~allowed
         return torch.stack([(changed & watched).sum(), watched.sum() * len(changed), (changed & allowed).sum()])
@@ -144,10 +147,10 @@ def _middle_document(segment: Segment) -> tuple[int, int]:
 
 def _reach(config: Config) -> int | None:
     """How far a token's influence goes through all layers' windows; None where a layer sees everything."""
-    windows = config.model.windows
-    if config.model.kind == "encoder_decoder" or not windows or not all(windows):
+    windows = [config.model.window_of(layer) for layer in range(config.model.n_layers)]
+    if config.model.kind == "encoder_decoder" or None in windows:
         return None
-    return sum(windows[layer % len(windows)] - 1 for layer in range(config.model.n_layers))
+    return sum(window - 1 for window in windows if window is not None)
 
 
 def work_ratios(config: Config, borders: Sequence[torch.Tensor | None]) -> dict[str, float]:
@@ -162,18 +165,18 @@ def work_ratios(config: Config, borders: Sequence[torch.Tensor | None]) -> dict[
 def _work_ratio(config: Config, borders: Sequence[torch.Tensor | None], order: str) -> float:
     cp, S, model = config.parallel.cp, config.data.seq_len, config.model
     assert isinstance(cp, int)
-    causal, windows = model.kind != "encoder", [w or None for w in model.windows] or [None]
-    balanced_by = max(model.windows) if model.windows and all(model.windows) else None
+    causal = model.kind != "encoder"
     worst, mean = 0.0, 0.0
     for cu_seqlens in borders:
         loads = np.zeros(cp)
+        first = make_segment(
+            S, cp=cp, rank=0, order=order, cu_seqlens=cu_seqlens, causal=causal, window=model.widest_window
+        )
         for rank in range(cp):
-            segment = make_segment(
-                S, cp=cp, rank=rank, order=order, cu_seqlens=cu_seqlens, causal=causal, window=balanced_by
-            )
+            segment = first.peer(rank)
             spans = np.array([(start, stop) for _, _, start, stop in segment.local_runs], np.int64).reshape(-1, 2)
             for layer in range(model.n_layers):
-                areas = area_before(segment.documents, spans, causal, windows[layer % len(windows)])
+                areas = area_before(segment.documents, spans, causal, model.window_of(layer))
                 loads[rank] += (areas[:, 1] - areas[:, 0]).sum()
         worst, mean = worst + loads.max(), mean + loads.mean()
     return float(worst / max(mean, 1.0))

@@ -133,6 +133,15 @@ class ModelConfig:
     rope_theta: float = _shape("rope_theta", float, "base of the rotary frequencies", low=1)
     hf: str = _key("", str, "Hugging Face model; empty: the reference decoder")
 
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer, counted from 0; None where it sees everything."""
+        return (self.windows[layer % len(self.windows)] or None) if self.windows else None
+
+    @property
+    def widest_window(self) -> int | None:
+        """The window of the layer that sees most, whose work dominates; None where that is everything."""
+        return max(self.windows) if self.windows and all(self.windows) else None
+
 
 @dataclass(frozen=True)
 class ParallelConfig:

@@ -168,10 +168,15 @@ def segment_for(
             "seq_len", seg.seq_len, f"cut over cp={seg.cp} in {seg.order!r} order it gives {seg.local_len} tokens a "
             f"rank, but q has {T}; cut with lss.shard and pass the true length as seq_len"
         )  # fmt: skip
-    if seg.edges and q.shape[0] != 1:
-        fit = f"packed sequences come one at a time, but q has batch {q.shape[0]}"
-        raise refuse("cu_seqlens", f"{len(seg.edges) - 1} documents", fit)
+    refuse_packed_rows(seg, q.shape[0])
     return seg
+
+
+def refuse_packed_rows(seg: Segment, rows: int) -> None:
+    """Refuse a batch of several rows whose sequence is packed: documents are given by one cu_seqlens."""
+    if seg.edges and rows != 1:
+        fit = f"packed sequences come one at a time, but the batch has {rows} rows"
+        raise refuse("cu_seqlens", f"{len(seg.edges) - 1} documents", fit)
 
 
 def kv_segment_for(

@@ -94,8 +94,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = config.d_model // config.n_heads
         self.layer, self.cross = layer, cross
-        windows = config.windows
-        self.window = (windows[layer % len(windows)] or None) if windows and not cross else None
+        self.window = None if cross else config.window_of(layer)
         kv_width = config.n_kv_heads * self.head_size
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)

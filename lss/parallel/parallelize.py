@@ -17,7 +17,7 @@ from lss.config.errors import Refused, refuse
 from lss.config.support import refuse_pairs
 from lss.context_parallel import AttentionOptions, attend, pick_strategy
 from lss.context_parallel.loss import global_cross_entropy
-from lss.context_parallel.sharding import shard, unshard
+from lss.context_parallel.sharding import refuse_packed_rows, shard, unshard
 from lss.mesh import axis_group
 from lss.model import ModelOps, Transformer
 from lss.parallel import tensor_parallel as tp
@@ -126,12 +126,9 @@ class Layout:
 
     def segment(self, seq_len: int, cu_seqlens: torch.Tensor | None = None) -> Segment:
         """This rank's segment of a sequence of this length, packed from documents or one."""
-        windows = self._config.windows
-        # the balanced order counts work by the widest layer's mask, which dominates
-        window = max(windows) if windows and all(windows) else None
         return make_segment(
             seq_len, cp=self.cp.size, rank=self.cp.rank, order=self.order, cu_seqlens=cu_seqlens,
-            causal=self._config.kind != "encoder", window=window,
+            causal=self._config.kind != "encoder", window=self._config.widest_window,
         )  # fmt: skip
 
     def source_segment(self, source_len: int) -> Segment:
@@ -153,9 +150,7 @@ class Layout:
             inputs = self._cut_inputs(ids, inputs, segment)
             ids = shard(ids, self.mesh, seg=segment, pad_value=0)
         self._check_positions(segment)
-        if segment.edges and ids.shape[0] != 1:
-            fit = f"packed sequences come one at a time, but the batch has {ids.shape[0]} rows"
-            raise refuse("cu_seqlens", f"{len(segment.edges) - 1} documents", fit)
+        refuse_packed_rows(segment, ids.shape[0])
         source = self._source(inputs, ids.device)
         inputs["places"] = segment.positions.to(ids.device)
         if inputs.get("samples") is None:

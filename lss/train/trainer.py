@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -244,11 +245,12 @@ class Trainer:
                 "lower optim.lr or set optim.clip."
             )
 
-    def evaluate(self) -> float:
-        """Mean held-out loss in nats per byte."""
+    @cached_property
+    def _held_out(self) -> EvalLoader:
+        """The same batches in every evaluation; made once, since packing sorts all documents."""
         train = self.config.train
         rows = train.batch_size // train.accumulate // self.layout.dp.size
-        batches = EvalLoader(
+        return EvalLoader(
             self.held_out_split,
             seq_len=self.seq_len,
             samples=train.eval_samples,
@@ -258,7 +260,10 @@ class Trainer:
             segment=self.layout.segment(self.seq_len),
             **loader_kind(self.config, self.layout),
         )
-        return evaluate(self.model, batches, self.config)
+
+    def evaluate(self) -> float:
+        """Mean held-out loss in nats per byte."""
+        return evaluate(self.model, self._held_out, self.config)
 
     def save(self, step: int) -> Path:
         """Write `out/checkpoints/step_N`."""

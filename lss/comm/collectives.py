@@ -11,8 +11,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm.counter import record
+from lss.comm.peers import PeerMemory, open_peers
+from lss.mesh import axis_group
 from lss.segment import Fetch
 
 # torch 2.13 renamed these two and warns about the old names, which are the only ones before it.
@@ -52,6 +55,18 @@ class Communicator:
         self.group = None if alone else group
         self.size = 1 if self.group is None else dist.get_world_size(self.group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
+        self._peers: dict[str, PeerMemory | None] = {}
+
+    def peers(self, device: torch.device) -> PeerMemory | None:
+        """The ranks' memory as they reach one another's, or None where they do not; opened at the first call.
+
+        Collective then: all ranks come here together, and get the same answer.
+        """
+        if self.group is None:
+            return None
+        if device.type not in self._peers:
+            self._peers[device.type] = open_peers(self.group, device)
+        return self._peers[device.type]
 
     # -- the two collectives of a layer ------------------------------------------------------------------------------
 
@@ -73,7 +88,7 @@ class Communicator:
     def reduce_scatter_dkv(self, dkv_S2BKH: torch.Tensor) -> Pending[KV]:
         """Sum every rank's dK and dV and hand each rank its own tokens' part, in one reduce-scatter.
 
-        Takes the buffer of `new_dkv`, tokens in rank order. Returns dk and dv of shape (B, T, K, H).
+        Takes a buffer (cp*T, 2, B, K, H), tokens in rank order. Returns dk and dv of shape (B, T, K, H).
         Collectives: one reduce-scatter of 2*B*S*K*H elements.
         """
         if self.group is None:
@@ -102,7 +117,7 @@ class Communicator:
     def return_dkv(self, dkv_S2BKH: torch.Tensor, fetch: Fetch) -> Pending[KV]:
         """The adjoint of `exchange_kv`: every rank's dK and dV go back to the tokens' owners, which add them up.
 
-        Takes the buffer of `new_dkv` with tokens as `exchange_kv` returned them; returns dk and dv (B, T, K, H).
+        Takes a buffer (L, 2, B, K, H), tokens as `exchange_kv` returned them; returns dk and dv (B, T, K, H).
         Collectives: one all-to-all; its payload counted here is what this rank sends, its own part included.
         """
         sent = dkv_S2BKH if fetch.sorted else torch.empty_like(dkv_S2BKH)
@@ -193,14 +208,13 @@ class Communicator:
         return Pending((work,), lambda: x)
 
 
-def new_dkv(like_BTKH: torch.Tensor, length: int) -> torch.Tensor:
-    """A zeroed buffer for `reduce_scatter_dkv`: shape (length, 2, B, K, H).
-
-    Half precision is summed in float32: with many ranks, adding bfloat16 partial sums loses what the kernel kept.
-    """
-    B, _, K, H = like_BTKH.shape
-    dtype = torch.promote_types(like_BTKH.dtype, torch.float32)
-    return torch.zeros(length, 2, B, K, H, dtype=dtype, device=like_BTKH.device)
+def communicator(mesh: DeviceMesh, axes: Sequence[str]) -> Communicator:
+    """The communicator over these axes of a mesh; one for all calls, since memory that ranks share is opened once."""
+    opened: dict[tuple[str, ...], Communicator] = mesh.__dict__.setdefault("_lss_communicators", {})
+    key = tuple(axes)
+    if key not in opened:
+        opened[key] = Communicator(axis_group(mesh, key))
+    return opened[key]
 
 
 def _reordered(received: torch.Tensor, fetch: Fetch) -> torch.Tensor:

@@ -43,6 +43,7 @@ FEATURES: dict[str, Feature] = {
     "head_chunks": Feature("head_chunks", "`head_chunks` > 1"),
     "regather=False": Feature("regather", "`regather=False`"),
     "sdpa_cpu": Feature("kernel", "`kernel=\"sdpa_cpu\"`, torch's on the CPU"),
+    "flash4": Feature("kernel", "`kernel=\"flash4\"`, flash-attn-4's on CUDA"),
     "sdpa_cudnn": Feature("kernel", "`kernel=\"sdpa_cudnn\"`, cuDNN's"),
     "sdpa_flash": Feature("kernel", "`kernel=\"sdpa_flash\"`, torch's on CUDA"),
     "tiled": Feature("kernel", "`kernel=\"tiled\"`, plain torch by tiles"),
@@ -50,6 +51,7 @@ FEATURES: dict[str, Feature] = {
 }
 _FUSED = ("sdpa_cpu", "sdpa_cudnn", "sdpa_flash")
 _KERNEL = "torch's fused kernels do not compute it; use kernel 'auto' or 'tiled'"
+_FLASH4 = "flash-attn-4 is not asked to compute it here; use kernel 'auto' or 'tiled'"
 _PLACES = "the places of two sequences cannot be compared; leave one of them out"
 _WHOLE = "only strategy 'lss' gathers keys of another sequence; use 'lss'"
 _CHUNKS = "only strategy 'lss' gathers by head chunks; use 'auto' or 1"
@@ -64,6 +66,7 @@ def _pair(a: str, b: str) -> frozenset[str]:
 # pair of features -> why it is refused and what would fit
 REFUSED: dict[frozenset[str], str] = {
     **{_pair(k, f): _KERNEL for k in _FUSED for f in ("softcap", "alibi_slopes", "mask_mod", "dropout_p")},
+    **{_pair("flash4", f): _FLASH4 for f in ("alibi_slopes", "mask_mod", "dropout_p")},
     _pair("sdpa_cudnn", "window"): "cuDNN has no sliding windows; use kernel 'auto'",
     **{_pair("cross-attention", f): _PLACES for f in ("causal", "window", "prefix", "alibi_slopes")},
     **{_pair("cross-attention", s): _WHOLE for s in ("ring", "ulysses", "tp")},

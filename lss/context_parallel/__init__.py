@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.comm import Communicator
+from lss.comm import Communicator, communicator
+from lss.comm.transport import make_transport
 from lss.config.errors import refuse
 from lss.config.support import refuse_pairs
 from lss.context_parallel.checks import check_rules, check_shapes
@@ -19,8 +20,7 @@ from lss.context_parallel.sharding import kv_segment_for, make_segment, segment_
 from lss.context_parallel.spec import AttentionSpec
 from lss.context_parallel.ulysses import ulysses_attention
 from lss.kernels import MaskMod, Rules, keep_rows, make_work, pick_kernel
-from lss.mesh import axis_group
-from lss.segment import Segment, plan_fetch
+from lss.segment import Segment
 
 __all__ = [
     "STRATEGIES",
@@ -63,6 +63,8 @@ def attention(
     regather: bool = True,
     strategy: str = "lss",
     kernel: str = "auto",
+    transport: str = "auto",
+    dkv_dtype: str = "auto",
     seq_len: int | None = None,
     seg: Segment | None = None,
     kv_seg: Segment | None = None,
@@ -97,6 +99,11 @@ def attention(
         regather: backward gathers K and V again instead of keeping them from forward.
         strategy: "lss", "ring" or "ulysses".
         kernel: "auto", "sdpa" or a name of `lss.kernels.KERNELS`.
+        transport: how "lss" moves keys and their gradients: "collective" (all-gather and reduce-scatter of NCCL or gloo) or
+            "symmetric" (ranks of one host write into one another's memory, beside the attention that computes; on the CPU
+            shared memory); "auto" is symmetric on GPUs that reach one another's memory, else collective.
+        dkv_dtype: what dK and dV of half precision travel in: "float32", or "inputs", the dtype of k and v, half the bytes;
+            "auto" is "inputs" with symmetric transport, which sums over the ranks in float32 all the same, else "float32".
         seq_len: the true S where `lss.shard` had to pad.
         seg: the segment to compute by, instead of `order`, `seq_len` and `cu_seqlens`; with `make_segment(S, None)` the
             queries are whole on every rank.
@@ -128,11 +135,11 @@ def attention(
         Refused: anything that would not be computed exactly, in a sentence that names it.
     """
     check_shapes(q, k, v)
-    comm = Communicator(axis_group(mesh, ("cp",)))
+    comm = communicator(mesh, ("cp",))
     segment = segment_for(q, comm, order, seq_len, seg, cu_seqlens)
     kv_segment = kv_segment_for(k, comm, segment, order, kv_seg, kv_seq_len)
     if dropout_p and samples is None:
-        first = Communicator(axis_group(mesh, ("dp",))).rank * q.shape[0]
+        first = communicator(mesh, ("dp",)).rank * q.shape[0]
         samples = first + torch.arange(q.shape[0], device=q.device)
     keep = None if attention_mask is None else keep_rows(attention_mask)
     rules = Rules(
@@ -141,7 +148,7 @@ def attention(
         None if sinks is None else torch.as_tensor(sinks, device=q.device), dropout_p, seed, samples,
     )  # fmt: skip
     check_rules(rules, q, segment, kv_segment, attention_mask)
-    options = AttentionOptions(strategy, head_chunks, regather, kernel)
+    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype)
     return attend(q, k, v, rules, segment=segment, kv_segment=kv_segment, comm=comm, options=options)
 
 
@@ -153,6 +160,8 @@ class AttentionOptions:
     head_chunks: int | str = "auto"
     regather: bool = True
     kernel: str = "auto"
+    transport: str = "auto"
+    dkv_dtype: str = "auto"
 
     def features(self) -> dict[str, str]:
         """The features of `lss.config.support` that these are, each with its setting and value."""
@@ -189,14 +198,20 @@ def attend(
     keys = kv_segment or segment
     # the masks of the whole sequence, which every rank's fetch is planned by
     work = make_work(pick_kernel(options.kernel, q, features), rules, segment, keys, q, kv_segment is not None)
-    cut = comm.size > 1 and keys.cp > 1 and options.strategy == "lss"
+    chunks = count_head_chunks(options.head_chunks, options.strategy, k, keys.cp)
+    transport = None
+    if options.strategy == "lss":
+        transport = make_transport(
+            options.transport, comm, segment, keys, tuple(mask for _, mask in work.masks), k,
+            dkv_dtype=options.dkv_dtype, head_chunks=chunks, summed=work.summed(keys.local_runs)[1],
+        )  # fmt: skip
     spec = AttentionSpec(
         segment=segment,
         keys=keys,
         comm=comm,
         work=work,
-        fetch=plan_fetch(segment, keys, tuple(mask for _, mask in work.masks)) if cut else None,
-        head_chunks=count_head_chunks(options.head_chunks, options.strategy, k, keys.cp),
+        transport=transport,
+        head_chunks=chunks,
         regather=options.regather,
     )
     return strategy(q, k, v, rules.sinks, spec)

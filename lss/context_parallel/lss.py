@@ -4,9 +4,9 @@ Forward, on each rank: out_r = attention(Q_r, K, V), with K, V = all-gather over
 are. Backward: dQ_r is local; each rank's dK, dV for all tokens are summed over the group and cut back to their owners
 by one reduce-scatter. Source: "Ultra-Long Sequence Distributed Transformer", arXiv 2311.02382.
 
-With head chunks the key heads are taken in groups, and the next group's gather is in flight while this group computes.
-Where windows or documents hide most keys from most queries, each rank fetches only what its own queries see, by one
-all-to-all in place of the gather, and another in place of the scatter.
+With head chunks the key heads are taken in groups: while one group computes, the next group's gather and the last one's
+scatter are in flight. Where windows or documents hide most keys from most queries, each rank fetches only what its own
+queries see. How keys travel is the transport's matter (`lss.comm.transport`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lss.comm import Pending
-from lss.comm.collectives import KV, new_dkv, split_kv
+from lss.comm.collectives import KV
+from lss.comm.transport import Transport
 from lss.context_parallel.spec import AttentionSpec, head_groups
 from lss.kernels.blocks import add_sinks_, sinks_gradient
-from lss.kernels.merge import no_keys_yet
-from lss.segment import LocalRun
+from lss.kernels.merge import empty_lse
 
 HeadGroups = list[tuple[slice, slice]]
 
@@ -36,59 +36,39 @@ def lss_attention(
     """Attention of this rank's queries to all keys of the sequence; out (B, T, N, H), 0 at padding.
 
     Collectives, per head chunk: one all-gather in forward and one reduce-scatter in backward, and one more all-gather
-    in backward with `regather`; over all chunks 2*B*S*K*H elements each (S padded to equal segments; the
-    reduce-scatter in float32 for half precision). With `spec.fetch` all-to-alls of 2*B*L*K*H elements in their place,
-    L the tokens that this rank's queries see. None where the keys are whole on every rank: dK and dV are then this
-    rank's share of a sum over ranks, like every gradient.
+    in backward with `regather`; over all chunks 2*B*S*K*H elements each (S padded to equal segments; dK and dV in
+    `dkv_dtype`). Where a rank fetches only what its queries see, 2*B*L*K*H elements, L those tokens: by all-to-alls, or
+    by writing into peers' memory. None where the keys are whole on every rank: dK and dV are then this rank's share of a
+    sum over ranks, like every gradient.
     Memory: the fetched K and V of one head chunk (two while the next is in flight); without `regather` those of all
     chunks until backward.
     """
     return _LSSAttention.apply(q_BTNH, k_BTKH, v_BTKH, sinks_N, spec)
 
 
-def _key_runs(spec: AttentionSpec) -> tuple[LocalRun, ...]:
-    """Where the fetched keys lie."""
-    return spec.fetch.runs if spec.fetch is not None else spec.keys.alone().local_runs
-
-
-def _fetched(k: torch.Tensor, v: torch.Tensor, groups: HeadGroups, spec: AttentionSpec) -> Iterator[KV]:
-    """The keys and values of other tokens in sequence order, one head chunk after another, the next already under way."""
-    order = spec.keys.chunk_order if spec.fetch is None else None
-
-    def fetch(heads: slice) -> Pending[KV]:
-        mine = k[:, :, heads], v[:, :, heads]
-        if spec.keys.cp == 1:
-            return Pending((), lambda: mine)
-        return spec.comm.all_gather_kv(*mine) if spec.fetch is None else spec.comm.exchange_kv(*mine, spec.fetch)
-
-    pending = fetch(groups[0][1])
+def _fetched(k: torch.Tensor, v: torch.Tensor, groups: HeadGroups, transport: Transport) -> Iterator[KV]:
+    """The keys and values that this rank sees, one head chunk after another, the next already under way."""
+    pending = transport.gather(k[:, :, groups[0][1]], v[:, :, groups[0][1]])
     for i in range(len(groups)):
-        keys, values = pending.wait()
+        fetched = pending.wait()
         if i + 1 < len(groups):
-            pending = fetch(groups[i + 1][1])
-        yield spec.keys.reorder(keys, 1, order), spec.keys.reorder(values, 1, order)
-
-
-def _scatter(dkv_S2BKH: torch.Tensor, spec: AttentionSpec) -> Pending[KV]:
-    """Bring each token's dK and dV home, summed over the ranks."""
-    if spec.keys.cp == 1:
-        return Pending((), lambda: split_kv(dkv_S2BKH))
-    if spec.fetch is not None:
-        return spec.comm.return_dkv(dkv_S2BKH, spec.fetch)
-    return spec.comm.reduce_scatter_dkv(spec.keys.reorder(dkv_S2BKH, 0, spec.keys.rank_order))
+            heads = groups[i + 1][1]
+            pending = transport.gather(k[:, :, heads], v[:, :, heads])
+        yield fetched
 
 
 class _LSSAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, spec: AttentionSpec):
-        groups = head_groups(q.shape[2], k.shape[2], spec.head_chunks)
-        out, lse, kept = torch.zeros_like(q), no_keys_yet(q), []
-        runs = _key_runs(spec)
-        for (q_heads, _), (keys, values) in zip(groups, _fetched(k, v, groups, spec), strict=True):
+        groups, transport = head_groups(q.shape[2], k.shape[2], spec.head_chunks), spec.transport
+        assert transport is not None
+        out, lse, kept = torch.empty_like(q), empty_lse(q), []
+        for (q_heads, _), (keys, values) in zip(groups, _fetched(k, v, groups, transport), strict=True):
             work = spec.work.of_heads(q_heads)
-            work.forward(out[:, :, q_heads], lse[:, q_heads], q[:, :, q_heads], keys, values, runs)
+            work.forward(out[:, :, q_heads], lse[:, q_heads], q[:, :, q_heads], keys, values, transport.runs)
             if not spec.regather:
-                kept += [keys, values]
+                kept += [x.clone() for x in (keys, values)] if transport.volatile else [keys, values]
+            transport.release()
         add_sinks_(out, lse, sinks)
         ctx.spec = spec
         ctx.save_for_backward(q, k, v, sinks, out, lse, *kept)
@@ -99,17 +79,45 @@ class _LSSAttention(torch.autograd.Function):
     def backward(ctx, dout):
         spec: AttentionSpec = ctx.spec
         q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
-        groups = head_groups(q.shape[2], k.shape[2], spec.head_chunks)
-        dq, dk, dv = torch.zeros_like(q, dtype=lse.dtype), torch.empty_like(k), torch.empty_like(v)
-        fetched = zip(kept[::2], kept[1::2], strict=True) if kept else _fetched(k, v, groups, spec)
-        length = spec.keys.padded_len if spec.fetch is None else spec.fetch.length
-        scatters, runs = [], _key_runs(spec)
+        groups, transport = head_groups(q.shape[2], k.shape[2], spec.head_chunks), spec.transport
+        assert transport is not None
+        # what several calls add to is kept in float32
+        dq = torch.empty_like(q, dtype=lse.dtype if spec.work.summed(transport.runs)[0] else q.dtype)
+        fetched = zip(kept[::2], kept[1::2], strict=True) if kept else _fetched(k, v, groups, transport)
+        home = _Home(k, len(groups))
         for (q_heads, k_heads), (keys, values) in zip(groups, fetched, strict=True):
-            dkv = new_dkv(keys, length)
+            dkv = transport.new_dkv(keys)
             douts, queries, outs, dqs = (x[:, :, q_heads] for x in (dout, q, out, dq))
-            work, (dks, dvs) = spec.work.of_heads(q_heads), split_kv(dkv)
-            work.backward(dqs, dks, dvs, douts, queries, keys, values, outs, lse[:, q_heads], runs)
-            scatters.append((k_heads, _scatter(dkv, spec)))
-        for k_heads, scatter in scatters:
-            dk[:, :, k_heads], dv[:, :, k_heads] = scatter.wait()
-        return dq.to(q.dtype), dk, dv, sinks_gradient(dout, out, lse, sinks), None
+            work, (dks, dvs) = spec.work.of_heads(q_heads), transport.split(dkv)
+            work.backward(dqs, dks, dvs, douts, queries, keys, values, outs, lse[:, q_heads], transport.runs)
+            if not kept:
+                transport.release()
+            home.arrive()  # the last chunk's scatter has had this chunk's time
+            home.expect(k_heads, transport.scatter(dkv))
+        home.arrive()
+        return dq.to(q.dtype), *home.grads, sinks_gradient(dout, out, lse, sinks), None
+
+
+class _Home:
+    """dK and dV of this rank's own tokens, as the head chunks' scatters bring them."""
+
+    def __init__(self, like_BTKH: torch.Tensor, chunks: int) -> None:
+        self._dtype = like_BTKH.dtype
+        self.grads = tuple(torch.empty_like(like_BTKH) for _ in range(2)) if chunks > 1 else ()
+        self._pending: tuple[slice, Pending[KV]] | None = None
+
+    def expect(self, heads: slice, scatter: Pending[KV]) -> None:
+        """A scatter is under way."""
+        self._pending = heads, scatter
+
+    def arrive(self) -> None:
+        """Wait for the scatter that is under way, if one is."""
+        if self._pending is None:
+            return
+        (heads, scatter), self._pending = self._pending, None
+        parts = scatter.wait()
+        if not self.grads:  # of all heads
+            self.grads = tuple(part.to(self._dtype) for part in parts)
+            return
+        for grad, part in zip(self.grads, parts, strict=True):
+            grad[:, :, heads] = part

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch.autograd.function import once_differentiable
 
-from lss.comm.collectives import new_dkv, split_kv
+from lss.comm.collectives import split_kv
 from lss.context_parallel.spec import AttentionSpec
 from lss.kernels.blocks import add_sinks_, sinks_gradient
 from lss.kernels.merge import no_keys_yet
@@ -79,8 +79,9 @@ class _RingAttention(torch.autograd.Function):
         pending = None
         for step, kv in enumerate(_travel(fused, spec, kept)):
             keys, values = split_kv(kv)
-            part = new_dkv(keys, keys.shape[1])
-            spec.work.backward(dq, *split_kv(part), dout, q, keys, values, out, lse, _held(step, spec))
+            part = torch.empty_like(kv, dtype=lse.dtype)
+            held = _held(step, spec)
+            spec.work.backward(dq, *split_kv(part), dout, q, keys, values, out, lse, held, add_dq=True)
             # what the ranks before this one added for the same segment arrives while this rank computes its share
             dkv = part if pending is None else pending.wait() + part
             pending = spec.comm.shift(dkv, "dkv")

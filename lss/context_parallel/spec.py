@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lss.comm import Communicator
+from lss.comm.transport import Transport
 from lss.kernels import Work
-from lss.segment import Fetch, Segment
+from lss.segment import Segment
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class AttentionSpec:
         keys: the keys that this rank holds; the same segment in self-attention.
         comm: the cp group.
         work: what this rank's queries compute, for all heads.
-        fetch: which keys travel where; None where every rank gathers all of them.
+        transport: how keys and their gradients travel, for the algorithms that gather them.
         head_chunks: in how many nearly even groups the key heads are taken one after another.
         regather: backward fetches keys and values again instead of keeping them.
     """
@@ -28,7 +29,7 @@ class AttentionSpec:
     keys: Segment
     comm: Communicator
     work: Work
-    fetch: Fetch | None = None
+    transport: Transport | None = None
     head_chunks: int = 1
     regather: bool = True
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from lss.context_parallel.spec import AttentionSpec
 from lss.kernels import Work
 from lss.kernels.blocks import add_sinks_, sinks_gradient
-from lss.kernels.merge import no_keys_yet
+from lss.kernels.merge import empty_lse
 
 
 def ulysses_attention(
@@ -118,8 +118,16 @@ class _Exchange:
     @property
     def native(self) -> bool:
         """Whether my query heads are whole groups, so that the kernel's own head grouping is right."""
+        return self._whole_groups(self.mine)
+
+    @property
+    def all_native(self) -> bool:
+        """Whether that is so on every rank: no key head is then another rank's too."""
+        return all(self._whole_groups(share) for share in self.shares)
+
+    def _whole_groups(self, share: _Share) -> bool:
         per_key = self.N // self.K
-        return self.mine.q_start % per_key == 0 and self.mine.q_stop % per_key == 0
+        return share.q_start % per_key == 0 and share.q_stop % per_key == 0
 
     def _key_of_query(self, device: torch.device) -> torch.Tensor:
         heads = torch.arange(self.mine.q_start, self.mine.q_stop, device=device)
@@ -139,7 +147,7 @@ class _UlyssesAttention(torch.autograd.Function):
         exchange = _Exchange(q.shape, k.shape[2], spec)
         whole = exchange.qkv_to_heads(q, k, v)
         queries, keys, values = whole[0], exchange.spread(whole[1]), exchange.spread(whole[2])
-        out_heads, lse = torch.zeros_like(queries), no_keys_yet(queries)
+        out_heads, lse = torch.empty_like(queries), empty_lse(queries)
         work, my_sinks = _my_heads(exchange, sinks)
         work.forward(out_heads, lse, queries, keys, values, spec.segment.alone().local_runs)
         add_sinks_(out_heads, lse, my_sinks)
@@ -158,9 +166,11 @@ class _UlyssesAttention(torch.autograd.Function):
         queries, keys, values = exchange.qkv_to_heads(*kept) if spec.regather else kept
         dout_heads = exchange.to_heads([dout[:, :, s.q] for s in exchange.shares], exchange.mine.n_q)
         keys, values = exchange.spread(keys), exchange.spread(values)
-        dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (queries, keys, values))
         work, my_sinks = _my_heads(exchange, sinks)
         runs = spec.segment.alone().local_runs
+        # float32 only where gradients of several calls, or of several ranks for a key head that they share, are added up
+        alone = exchange.all_native and not any(work.summed(runs))
+        dq, dk, dv = (torch.empty_like(x, dtype=dout.dtype if alone else lse.dtype) for x in (queries, keys, values))
         work.backward(dq, dk, dv, dout_heads, queries, keys, values, out_heads, lse, runs)
         fused = torch.cat((dq, exchange.gather_back(dk), exchange.gather_back(dv)), dim=2)
         parts = exchange.to_tokens(fused, [s.n_q + 2 * s.n_k for s in exchange.shares])

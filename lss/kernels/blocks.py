@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from lss.kernels.merge import merge
 from lss.kernels.rules import Rules, Scores
 from lss.kernels.table import Kernel
-from lss.segment import Block, LocalRun, Mask, Segment, make_blocks
+from lss.segment import Block, LocalRun, Mask, Run, Segment, make_blocks
+from lss.segment.mask import merged
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,28 @@ class Work:
         *,
         merging: bool = False,
     ) -> None:
-        """Write the outputs and lse of the queries in place; with `merging`, merge them with what stands there already."""
-        for rows, b, scores, overlapping in self.calls(keys):
+        """Write the outputs and lse of the queries in place; with `merging`, merge them with what stands there already.
+
+        Without it nothing need stand there: a query that sees nothing gets out 0 and lse -inf.
+        """
+        calls = self.calls(keys)
+        if not merging:
+            seen = _Covered(q_BTNH.shape[1], self._groups)
+            for rows, b, _, overlapping in calls:
+                if not overlapping:
+                    seen.add(rows, b.q_start, b.q_stop)
+            for rows, t in seen.gaps():
+                out_BTNH[rows, t].zero_()
+                lse_BNT[rows, :, t].fill_(float("-inf"))
+        for rows, b, scores, overlapping in calls:
             t, s = slice(b.q_start, b.q_stop), slice(b.k_start, b.k_stop)
-            part = self.kernel.forward(q_BTNH[rows, t], k_BSKH[rows, s], v_BSKH[rows, s], **self._how(b, scores))
+            tensors, place = (q_BTNH[rows, t], k_BSKH[rows, s], v_BSKH[rows, s]), (out_BTNH[rows, t], lse_BNT[rows, :, t])
             if merging or overlapping:
-                part = merge(out_BTNH[rows, t], lse_BNT[rows, :, t], *part)
-            out_BTNH[rows, t], lse_BNT[rows, :, t] = part
+                part = merge(*place, *self.kernel.forward(*tensors, **self._how(b, scores)))
+                place[0].copy_(part[0])
+                place[1].copy_(part[1])
+            else:
+                self.kernel.forward(*tensors, **self._how(b, scores), into=place)
 
     def backward(
         self,
@@ -82,17 +98,108 @@ class Work:
         out_BTNH: torch.Tensor,
         lse_BNT: torch.Tensor,
         keys: Sequence[LocalRun],
+        *,
+        add_dq: bool = False,
     ) -> None:
-        """Add the gradients to dq, dk and dv in place; out and lse are those of all keys that a query sees."""
-        for rows, b, scores, _ in self.calls(keys):
+        """Write the gradients to dq, dk and dv in place, where nothing need stand; with `add_dq` dq is added to.
+
+        out and lse are those of all keys that a query sees. A key that several calls see is summed in dk's own dtype; the
+        call that sees most comes first, so that of two prefixes one is written and only the other added.
+        """
+        calls = sorted(self.calls(keys), key=lambda call: call[1].k_start - call[1].k_stop)
+        queries, seen = _Covered(q_BTNH.shape[1], self._groups), _Covered(k_BSKH.shape[1], self._groups)
+        if add_dq:
+            queries.add(slice(0, len(q_BTNH)), 0, q_BTNH.shape[1])
+        for rows, b, scores, _ in calls:
             t, s = slice(b.q_start, b.q_stop), slice(b.k_start, b.k_stop)
-            dq, dk, dv = self.kernel.backward(
+            new_q, new_k = queries.fresh(rows, t), seen.fresh(rows, s)
+            place = (
+                dq_BTNH[rows, t] if new_q else None,
+                dk_BSKH[rows, s] if new_k else None,
+                dv_BSKH[rows, s] if new_k else None,
+            )
+            grads = self.kernel.backward(
                 dout_BTNH[rows, t], q_BTNH[rows, t], k_BSKH[rows, s], v_BSKH[rows, s], out_BTNH[rows, t],
-                lse_BNT[rows, :, t], **self._how(b, scores),
+                lse_BNT[rows, :, t], **self._how(b, scores), into=place,
             )  # fmt: skip
-            dq_BTNH[rows, t] += dq
-            dk_BSKH[rows, s] += dk
-            dv_BSKH[rows, s] += dv
+            if not new_q:
+                queries.put(dq_BTNH, grads[0], rows, t)
+            if not new_k:
+                seen.put(dk_BSKH, grads[1], rows, s)
+                seen.put(dv_BSKH, grads[2], rows, s)
+            queries.add(rows, t.start, t.stop)
+            seen.add(rows, s.start, s.stop)
+        for rows, t in queries.gaps():
+            dq_BTNH[rows, t].zero_()
+        for rows, s in seen.gaps():
+            dk_BSKH[rows, s].zero_()
+            dv_BSKH[rows, s].zero_()
+
+    def summed(self, keys: Sequence[LocalRun]) -> tuple[bool, bool]:
+        """Whether some query, and whether some key, gets its gradient from several calls, which are added up."""
+        queries, seen = _Covered(0, self._groups), _Covered(0, self._groups)
+        found = [False, False]
+        for rows, b, _, _ in self.calls(keys):
+            for i, (covered, run) in enumerate(((queries, slice(b.q_start, b.q_stop)), (seen, slice(b.k_start, b.k_stop)))):
+                found[i] = found[i] or not covered.fresh(rows, run)
+                covered.add(rows, run.start, run.stop)
+            if all(found):
+                break
+        return found[0], found[1]
+
+    @property
+    def _groups(self) -> list[slice]:
+        """The groups of rows that calls are made for."""
+        return [rows for rows, _ in self.masks]
+
+
+class _Covered:
+    """Which places along the tokens have been written, for each group of rows of the batch."""
+
+    def __init__(self, length: int, batch: Sequence[slice]) -> None:
+        self._length = length
+        self._runs: dict[tuple[int, int], list[Run]] = {(rows.start, rows.stop): [] for rows in batch}
+
+    def add(self, rows: slice, start: int, stop: int) -> None:
+        """Mark a run of places as written."""
+        for key in self._keys(rows):
+            self._runs[key] = list(merged([*self._runs[key], (start, stop)]))
+
+    def fresh(self, rows: slice, run: slice) -> bool:
+        """Whether nothing of this run has been written."""
+        return all(b <= run.start or run.stop <= a for a, b in self._runs[rows.start, rows.stop])
+
+    def put(self, target: torch.Tensor, part: torch.Tensor, rows: slice, run: slice) -> None:
+        """Add `part` where something has been written, and write it elsewhere."""
+        for a, b, written in self._pieces(rows, run):
+            place, piece = target[rows, a:b], part[:, a - run.start : b - run.start]
+            if written:
+                place.add_(piece)
+            else:
+                place.copy_(piece)
+
+    def gaps(self) -> Iterator[tuple[slice, slice]]:
+        """(rows, run) of everything that has not been written."""
+        for start, stop in self._runs:
+            for a, b, written in self._pieces(slice(start, stop), slice(0, self._length)):
+                if not written:
+                    yield slice(start, stop), slice(a, b)
+
+    def _pieces(self, rows: slice, run: slice) -> Iterator[tuple[int, int, bool]]:
+        at = run.start
+        for a, b in self._runs[rows.start, rows.stop]:
+            a, b = max(a, run.start), min(b, run.stop)
+            if a >= b:
+                continue
+            if at < a:
+                yield at, a, False
+            yield a, b, True
+            at = b
+        if at < run.stop:
+            yield at, run.stop, False
+
+    def _keys(self, rows: slice) -> list[tuple[int, int]]:
+        return [key for key in self._runs if rows.start <= key[0] and key[1] <= rows.stop]
 
 
 def make_work(kernel: Kernel, rules: Rules, queries: Segment, keys: Segment, q_BTNH: torch.Tensor, cross: bool) -> Work:

@@ -16,6 +16,12 @@ def no_keys_yet(q_BTNH: torch.Tensor) -> torch.Tensor:
     return torch.full((B, N, T), float("-inf"), dtype=lse_dtype(q_BTNH), device=q_BTNH.device)
 
 
+def empty_lse(q_BTNH: torch.Tensor) -> torch.Tensor:
+    """Room for an lse of shape (B, N, T)."""
+    B, T, N, _ = q_BTNH.shape
+    return torch.empty((B, N, T), dtype=lse_dtype(q_BTNH), device=q_BTNH.device)
+
+
 def merge(
     out_BTNH: torch.Tensor, lse_BNT: torch.Tensor, other_BTNH: torch.Tensor, other_lse_BNT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

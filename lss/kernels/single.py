@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lss.kernels.blocks import Work, add_sinks_, make_work, sinks_gradient
-from lss.kernels.merge import no_keys_yet
+from lss.kernels.merge import empty_lse
 from lss.kernels.rules import Rules
 from lss.kernels.table import pick_kernel
 from lss.segment import LocalRun, Segment, make_segment
@@ -41,7 +41,7 @@ def single_attention(
 class _SingleAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, work: Work, keys: tuple[LocalRun, ...]):
-        out, lse = torch.zeros_like(q), no_keys_yet(q)
+        out, lse = torch.empty_like(q), empty_lse(q)
         work.forward(out, lse, q, k, v, keys)
         add_sinks_(out, lse, sinks)
         ctx.work, ctx.keys = work, keys
@@ -52,6 +52,10 @@ class _SingleAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, out, lse, sinks = ctx.saved_tensors
-        grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
+        summed = ctx.work.summed(ctx.keys)
+        # what several calls add to is kept in float32; what one call writes needs no other dtype than its own
+        grads = [
+            torch.empty_like(x, dtype=lse.dtype if sums else q.dtype) for x, sums in zip((q, k, v), (*summed, summed[1]), strict=True)
+        ]
         ctx.work.backward(*grads, dout, q, k, v, out, lse, ctx.keys)
         return *(g.to(q.dtype) for g in grads), sinks_gradient(dout, out, lse, sinks), None, None

@@ -4,8 +4,8 @@ Every kernel has `forward(q, k, v, causal=, scale=, window=) -> (out, lse)` and 
 causal=, scale=, window=) -> (dq, dk, dv)` on layout (B, T, heads, H), N query heads sharing K key heads (N a multiple
 of K), causal masks and windows aligned bottom-right. `lse` is the log-sum-exp of each query's scores, (B, N, T), float32
 (float64 for float64), -inf for a query that sees no key; backward takes the out and lse of *all* keys a query sees, of
-which this call's may be a part. Kernels in plain torch also take `scores`, what becomes of the scores, and `places`,
-those of the first query and the first key.
+which this call's may be a part. Some kernels also take `scores`, what becomes of the scores, and `places`, those of the
+first query and the first key; and some write their results `into` tensors that they are given.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ import torch
 
 from lss.config.errors import refuse
 from lss.config.support import lacking
-from lss.kernels import reference, sdpa, tiled
+from lss.kernels import flash4, reference, sdpa, tiled
 from lss.kernels.merge import no_keys_yet
 from lss.kernels.reference import Window
 from lss.kernels.rules import Scores
 
+Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Places = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
 
 class Kernel(NamedTuple):
-    """One attention kernel: its name and its two functions."""
+    """One attention kernel: its name, its two functions, and whether they take `into`."""
 
     name: str
     run: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    grad: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    grad: Callable[..., Grads]
+    in_place: bool = False
 
     def forward(
         self,
@@ -41,22 +45,35 @@ class Kernel(NamedTuple):
         window: Window | None = None,
         scores: Scores | None = None,
         places: tuple[int, int] = (0, 0),
+        into: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernel's forward, with the cases it need not know: no queries, no keys, queries before the first key.
 
         An empty block kills the process in torch's CPU operator, and kernels disagree on the lse of a query that sees
-        nothing (-inf, +inf, 0); here alone it becomes out 0 and lse -inf.
+        nothing (-inf, +inf, 0); here alone it becomes out 0 and lse -inf. Returns `into`, written, where it is given.
         """
         T = q_BTNH.shape[1]
         blind = _blind_queries(q_BTNH, k_BSKH, causal and window is None)
         how = _how(causal, scale, window, scores, (places[0] + blind, places[1]))
         if blind == 0:
-            return self.run(q_BTNH, k_BSKH, v_BSKH, **how)
-        out = torch.zeros_like(q_BTNH)
-        lse = no_keys_yet(q_BTNH)
+            return self._run_into(into, q_BTNH, k_BSKH, v_BSKH, how)
+        if into is None:
+            into = torch.empty_like(q_BTNH), no_keys_yet(q_BTNH)
+        out, lse = into
+        out[:, :blind].zero_()
+        lse[:, :, :blind].fill_(float("-inf"))
         if blind < T:
-            out[:, blind:], lse[:, :, blind:] = self.run(q_BTNH[:, blind:], k_BSKH, v_BSKH, **how)
-        return out, lse
+            self._run_into((out[:, blind:], lse[:, :, blind:]), q_BTNH[:, blind:], k_BSKH, v_BSKH, how)
+        return into
+
+    def _run_into(self, into, q, k, v, how) -> tuple[torch.Tensor, torch.Tensor]:
+        if into is None:
+            return self.run(q, k, v, **how)
+        if self.in_place and into[0].dtype == q.dtype:
+            return self.run(q, k, v, **how, into=into)
+        for place, result in zip(into, self.run(q, k, v, **how), strict=True):
+            place.copy_(result)
+        return into
 
     def backward(
         self,
@@ -72,19 +89,40 @@ class Kernel(NamedTuple):
         window: Window | None = None,
         scores: Scores | None = None,
         places: tuple[int, int] = (0, 0),
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The kernel's backward with the same guards; a query that sees nothing gives and receives no gradient."""
+        into: Places = (None, None, None),
+    ) -> Grads:
+        """The kernel's backward with the same guards; a query that sees nothing gives and receives no gradient.
+
+        Each gradient is written to its place in `into` where there is one, and is that tensor then.
+        """
         blind = _blind_queries(q_BTNH, k_BSKH, causal and window is None)
         how = _how(causal, scale, window, scores, (places[0] + blind, places[1]))
         # torch's flash operator reads lse as if it were contiguous, whatever its strides: a slice gives wrong gradients
         lse_BNT = lse_BNT[:, :, min(blind, lse_BNT.shape[2]) :].contiguous()
         if blind == 0:
-            return self.grad(dout_BTNH, q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, **how)
-        dq, dk, dv = (torch.zeros_like(x) for x in (q_BTNH, k_BSKH, v_BSKH))
+            return self._grad_into(into, dout_BTNH, q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, how)
+        dq, dk, dv = (
+            torch.zeros_like(x) if place is None else place.zero_()
+            for x, place in zip((q_BTNH, k_BSKH, v_BSKH), into, strict=True)
+        )
         if blind < q_BTNH.shape[1]:
             seeing = (x[:, blind:] for x in (dout_BTNH, q_BTNH))
-            grads = self.grad(*seeing, k_BSKH, v_BSKH, out_BTNH[:, blind:], lse_BNT, **how)
-            dq, (dk, dv) = torch.cat((dq[:, :blind].to(grads[0].dtype), grads[0]), dim=1), grads[1:]
+            places_left = (dq[:, blind:], dk, dv)
+            self._grad_into(places_left, *seeing, k_BSKH, v_BSKH, out_BTNH[:, blind:], lse_BNT, how)
+        return dq, dk, dv
+
+    def _grad_into(self, into: Places, dout, q, k, v, out, lse, how) -> Grads:
+        direct: Places = (None, None, None)
+        if self.in_place:
+            dq, dk, dv = (place if place is not None and place.dtype == q.dtype else None for place in into)
+            direct = dq, dk, dv
+            grads = self.grad(dout, q, k, v, out, lse, **how, into=direct)
+        else:
+            grads = self.grad(dout, q, k, v, out, lse, **how)
+        dq, dk, dv = (
+            grad if place is None else place if place is written else place.copy_(grad)
+            for grad, place, written in zip(grads, into, direct, strict=True)
+        )
         return dq, dk, dv
 
 
@@ -106,6 +144,7 @@ def _blind_queries(q: torch.Tensor, k: torch.Tensor, causal: bool) -> int:
 # The one table. "auto" takes the first that fits, in this order.
 KERNELS: dict[str, Kernel] = {
     "sdpa_cpu": Kernel("sdpa_cpu", sdpa.cpu_forward, sdpa.cpu_backward),
+    "flash4": Kernel("flash4", flash4.forward, flash4.backward, in_place=True),
     "sdpa_cudnn": Kernel("sdpa_cudnn", sdpa.cudnn_forward, sdpa.cudnn_backward),
     "sdpa_flash": Kernel("sdpa_flash", sdpa.flash_forward, sdpa.flash_backward),
     "tiled": Kernel("tiled", tiled.forward, tiled.backward),
@@ -114,12 +153,15 @@ KERNELS: dict[str, Kernel] = {
 KERNEL_CHOICES = ("auto", "sdpa", *KERNELS)
 
 
+_CUDA = ("flash4", "sdpa_cudnn", "sdpa_flash")
+
+
 def _why_not(name: str, q: torch.Tensor, features: Collection[str]) -> str | None:
     """Why this kernel cannot take these queries, or None where it can."""
     H, half = q.shape[-1], q.dtype in (torch.float16, torch.bfloat16)
     if name == "sdpa_cpu" and q.device.type != "cpu":
         return "it runs on the CPU only"
-    if name in ("sdpa_cudnn", "sdpa_flash"):
+    if name in _CUDA:
         largest = 128 if name == "sdpa_cudnn" else 256
         if q.device.type != "cuda":
             return "it runs on CUDA only"
@@ -127,8 +169,10 @@ def _why_not(name: str, q: torch.Tensor, features: Collection[str]) -> str | Non
             return f"it takes float16 and bfloat16, not {q.dtype}"
         if H % 8 or largest < H:
             return f"it takes head sizes that are multiples of 8 up to {largest}, not {H}"
-        if name == "sdpa_cudnn" and torch.cuda.get_device_capability(q.device) < (9, 0):
+        if name != "sdpa_flash" and torch.cuda.get_device_capability(q.device) < (9, 0):
             return "it is used from compute capability 9.0 on, where it is the faster one"
+        if name == "flash4" and flash4.installed() is None:
+            return "flash-attn-4 is not installed; pip install 'lss-transformer[flash]'"
     return lacking(name, features)
 
 

@@ -12,13 +12,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.comm import Communicator
+from lss.comm import Communicator, communicator
 from lss.config.errors import Refused, refuse
 from lss.config.support import refuse_pairs
 from lss.context_parallel import AttentionOptions, attend, pick_strategy
 from lss.context_parallel.loss import global_cross_entropy
 from lss.context_parallel.sharding import refuse_packed_rows, shard, unshard
-from lss.mesh import axis_group
 from lss.model import ModelOps, Transformer
 from lss.parallel import tensor_parallel as tp
 from lss.parallel.activation import block_runner
@@ -101,9 +100,7 @@ class Layout:
         self.mesh, self.strategy, self.order, self.options, self.precut = mesh, options.strategy, order, options, precut
         strategy = options.strategy
         self._config, self._targets, self._refuse_misfits = model.config, model.targets, model.refuse_misfits
-        self.cp = Communicator(axis_group(mesh, ("cp",)))
-        self.dp = Communicator(axis_group(mesh, ("dp",)))
-        self.all = Communicator(axis_group(mesh, ("dp", "cp")))
+        self.cp, self.dp, self.all = (communicator(mesh, axes) for axes in (("cp",), ("dp",), ("dp", "cp")))
         self._run_block = block_runner(checkpointing)
         self._seq_len = model.seq_len
         self.segment(1)  # refuses an unknown order

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 from lss.segment.blocks import LocalRun, keys_needed
 from lss.segment.mask import Mask, Run, merged
@@ -71,6 +72,73 @@ def plan_fetch(queries: Segment, keys: Segment, masks: tuple[Mask, ...]) -> Fetc
         at += stop - start
     places = tuple((where, where + b - a) for a, b, where in in_order)
     return Fetch(sends, tuple(counts), places, tuple(runs), keys.local_len, in_order == pieces)
+
+
+@dataclass(frozen=True)
+class Push:
+    """One rank's part of an exchange by writing into the other ranks' memory; keys in the order of the sequence.
+
+    Attributes:
+        sends: for each rank, (start, stop, at): this rank's tokens [start, stop) go to places [at, ...) of its buffer.
+        returns: for each rank, (at, start, stop): places [at, ...) of this rank's buffer are that one's tokens [start, stop).
+        runs: this rank's buffer, as `LocalRun`s.
+        lengths: tokens in each rank's buffer.
+        length: tokens in this rank's buffer.
+        local_len: tokens that this rank holds.
+        sums: (start, stop, first, end): tokens [start, stop) are seen by ranks [first, end), which return gradients of
+            them; None where they are not neighbours somewhere, or there are too many pieces.
+    """
+
+    sends: tuple[tuple[tuple[int, int, int], ...], ...]
+    returns: tuple[tuple[tuple[int, int, int], ...], ...]
+    runs: tuple[LocalRun, ...]
+    lengths: tuple[int, ...]
+    length: int
+    local_len: int
+    sums: tuple[tuple[int, int, int, int], ...] | None
+
+
+# More pieces than this are summed at once, absent senders as zeros, instead of one launch each.
+MOST_SUMS = 16
+
+
+@lru_cache(maxsize=64)
+def plan_push(queries: Segment, keys: Segment, masks: tuple[Mask, ...]) -> Push:
+    """This rank's part of an exchange in which each rank gets the keys that its queries see, and no others."""
+    peers = [queries.peer(rank) if queries.cp > 1 else queries for rank in range(keys.cp)]
+    needs = [keys_needed(peer.local_runs, masks) for peer in peers]
+    sends = tuple(_placed(keys.local_runs, need) for need in needs)
+    held = (_placed(keys.peer(rank).local_runs, needs[keys.rank]) for rank in range(keys.cp))
+    returns = tuple(tuple((at, a, b) for a, b, at in pieces) for pieces in held)
+    runs, at = [], 0
+    for start, stop in needs[keys.rank]:
+        runs.append((at, at + stop - start, start, stop))
+        at += stop - start
+    lengths = tuple(sum(stop - start for start, stop in need) for need in needs)
+    return Push(sends, returns, tuple(runs), lengths, at, keys.local_len, _sums(sends, keys.local_len))
+
+
+def _placed(local_runs: tuple[LocalRun, ...], need: tuple[Run, ...]) -> tuple[tuple[int, int, int], ...]:
+    """(local start, local stop, place among the needed tokens) of each piece of `need` that lies in these runs."""
+    offsets = dict(zip(need, accumulate((b - a for a, b in need), initial=0), strict=False))
+    return tuple(
+        (local, local + b - a, offsets[run] + a - run[0])
+        for run in need
+        for local, a, b in _held(local_runs, (run,))
+    )
+
+
+def _sums(sends: tuple[tuple[tuple[int, int, int], ...], ...], length: int) -> tuple[tuple[int, int, int, int], ...] | None:
+    borders = sorted({0, length, *(x for pieces in sends for a, b, _ in pieces for x in (a, b))})
+    if len(borders) - 1 > MOST_SUMS:
+        return None
+    sums = []
+    for a, b in pairwise(borders):
+        ranks = [rank for rank, pieces in enumerate(sends) if any(c <= a and b <= d for c, d, _ in pieces)]
+        if ranks and ranks != list(range(ranks[0], ranks[-1] + 1)):
+            return None
+        sums.append((a, b, ranks[0], ranks[-1] + 1) if ranks else (a, b, 0, 0))
+    return tuple(sums)
 
 
 def _one_document(mask: Mask) -> bool:

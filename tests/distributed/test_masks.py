@@ -44,6 +44,7 @@ def problems(draw):
         "order": draw(st.sampled_from(ORDERS)),
         "head_chunks": draw(st.integers(1, K)) if strategy == "lss" else 1,
         "regather": draw(st.booleans()),
+        "transport": draw(st.sampled_from(["collective", "symmetric"])),
         "kernel": draw(st.sampled_from(["auto", "reference", "tiled"])),
     }  # fmt: skip
     if len(edges) > 2:

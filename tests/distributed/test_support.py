@@ -36,12 +36,13 @@ ON = {
     "head_chunks": ({"head_chunks": 2}, "head_chunks=2"),
     "regather=False": ({"regather": False}, "regather=False"),
     "sdpa_cpu": ({"kernel": "sdpa_cpu"}, "kernel='sdpa_cpu'"),
+    "flash4": ({"kernel": "flash4"}, "kernel='flash4'"),
     "sdpa_cudnn": ({"kernel": "sdpa_cudnn"}, "kernel='sdpa_cudnn'"),
     "sdpa_flash": ({"kernel": "sdpa_flash"}, "kernel='sdpa_flash'"),
     "tiled": ({"kernel": "tiled"}, "kernel='tiled'"),
     "reference": ({"kernel": "reference"}, "kernel='reference'"),
 }  # fmt: skip
-CUDA = {"sdpa_cudnn", "sdpa_flash"}
+CUDA = {"flash4", "sdpa_cudnn", "sdpa_flash"}
 
 
 def both_on(a, b):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lss.kernels import KERNELS, pick_kernel
+from lss.kernels import KERNELS, flash4, pick_kernel
 from lss.kernels.merge import merge
 from tests.kernels.test_kernels import inputs, softmax_attention
 
@@ -13,14 +13,22 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+FUSED = ["flash4", "sdpa_cudnn", "sdpa_flash"]
 SHAPES = [(64, 64), (1, 1), (1, 64), (128, 384), (200, 333), (511, 1024)]
+
+
+@pytest.fixture(autouse=True)
+def _installed(request):
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and callspec.params.get("name") == "flash4" and flash4.installed() is None:
+        pytest.skip("flash-attn-4 is not installed")
 
 
 def relative(found, true):
     return float((found.double() - true).norm() / true.norm())
 
 
-@pytest.mark.parametrize("name", ["sdpa_cudnn", "sdpa_flash"])
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("Tq, Tk", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -41,7 +49,7 @@ def test_kernel_is_as_near_as_its_dtype_allows(name, causal, Tq, Tk, dtype, H, N
         assert float((found.cpu().double() - true).norm()) <= bound * size
 
 
-@pytest.mark.parametrize("name", ["sdpa_cudnn", "sdpa_flash"])
+@pytest.mark.parametrize("name", FUSED)
 def test_parts_of_the_keys_merge_and_take_the_global_lse(name):
     q, k, v, dout = (x.cuda() for x in inputs(256, 512, H=64, dtype=torch.bfloat16))
     kernel = KERNELS[name]
@@ -56,7 +64,7 @@ def test_parts_of_the_keys_merge_and_take_the_global_lse(name):
         assert relative(found.cpu(), true) <= 8e-3
 
 
-@pytest.mark.parametrize("name", ["sdpa_cudnn", "sdpa_flash"])
+@pytest.mark.parametrize("name", FUSED)
 def test_empty_blocks_and_blind_queries(name):
     q, k, v, dout = (x.cuda() for x in inputs(96, 64, H=64, dtype=torch.bfloat16))
     out, lse = KERNELS[name].forward(q, k, v, causal=True, scale=0.125)
@@ -73,10 +81,49 @@ def test_empty_blocks_and_blind_queries(name):
 
 @pytest.mark.parametrize(
     "dtype, H, expected",
-    [(torch.float64, 64, "tiled"), (torch.float32, 64, "tiled"), (torch.bfloat16, 64, "sdpa_cudnn"),
-     (torch.bfloat16, 256, "sdpa_flash"), (torch.bfloat16, 12, "tiled")],
+    [(torch.float64, 64, "tiled"), (torch.float32, 64, "tiled"), (torch.bfloat16, 64, "flash4"),
+     (torch.bfloat16, 256, "flash4"), (torch.bfloat16, 12, "tiled")],
 )  # fmt: skip
 def test_auto_takes_the_fastest_that_fits(dtype, H, expected):
-    if expected == "sdpa_cudnn" and torch.cuda.get_device_capability() < (9, 0):
-        expected = "sdpa_flash"
+    hopper, installed = torch.cuda.get_device_capability() >= (9, 0), flash4.installed() is not None
+    if expected == "flash4" and not (hopper and installed):
+        expected = "sdpa_cudnn" if hopper and H <= 128 else "sdpa_flash"
     assert pick_kernel("auto", torch.empty(1, 1, 1, H, dtype=dtype, device="cuda")).name == expected
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("window", [(100, 0), (31, 64), None])
+def test_results_are_written_into_the_places_given(name, window):
+    """Slices of larger tensors, as `Work` hands them out: the result is there, and nothing else is touched."""
+    if name == "sdpa_cudnn" and window is not None:
+        pytest.skip("cuDNN has no windows")
+    kernel, how = KERNELS[name], {"causal": window is None, "scale": 0.125, "window": window}
+    q, k, v, dout = (x.cuda() for x in inputs(256, 384, N=8, K=2, H=64, dtype=torch.bfloat16))
+    out, lse = kernel.forward(q, k, v, **how)
+    grads = kernel.backward(dout, q, k, v, out, lse, **how)
+    rooms = [torch.full((2, 600, x.shape[2] + 2, 64), 7.0, dtype=x.dtype, device="cuda") for x in (q, q, k, v)]
+    places = [room[:, 64 : 64 + x.shape[1], 1:-1] for room, x in zip(rooms, (q, q, k, v), strict=True)]
+    lse_room = torch.full((2, 10, 600), 7.0, device="cuda")
+    lse_place = lse_room[:, 1:-1, 64:320]
+    kernel.forward(q, k, v, **how, into=(places[0], lse_place))
+    kernel.backward(dout, q, k, v, out, lse, **how, into=tuple(places[1:]))
+    assert torch.equal(places[0], out)
+    assert torch.equal(lse_place, lse)
+    for place, grad in zip(places[1:], grads, strict=True):
+        assert relative(place, grad.double()) <= 2e-3  # sums of another order
+    for room, place in zip([*rooms, lse_room], [*places, lse_place], strict=True):
+        assert int((room == 7.0).sum()) >= room.numel() - place.numel()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_deterministic_algorithms_give_the_same_bits(name):
+    q, k, v, dout = (x.cuda() for x in inputs(2048, 2048, N=8, K=2, H=128, dtype=torch.bfloat16))
+    torch.use_deterministic_algorithms(True)
+    try:
+        out, lse = KERNELS[name].forward(q, k, v, causal=True, scale=0.1)
+        first = KERNELS[name].backward(dout, q, k, v, out, lse, causal=True, scale=0.1)
+        for _ in range(3):
+            again = KERNELS[name].backward(dout, q, k, v, out, lse, causal=True, scale=0.1)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)

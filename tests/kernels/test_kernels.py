@@ -45,7 +45,9 @@ def test_forward_and_backward(name, causal, Tq, Tk, dtype, bound):
     assert out.shape == q.shape
     assert lse.shape == (2, 4, Tq)
     for found, true in zip((out, lse, *grads), expected, strict=True):
-        assert (found.double() - true).norm() <= bound * true.norm() + 1e-14
+        # with a single key dq and dk are 0, and what stands there is the rounding of numbers as large as dout
+        size = max(true.norm(), dout.double().norm()) if Tk == 1 else true.norm()
+        assert (found.double() - true).norm() <= bound * size + 1e-14
 
 
 @pytest.mark.parametrize("name", CPU_KERNELS)

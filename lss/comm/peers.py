@@ -1,0 +1,164 @@
+"""Memory that the ranks of one host write into directly: CUDA symmetric memory over NVLink, shared memory on the CPU.
+
+Nothing here is safe by itself: a rank that writes into another's memory must know that nobody reads it any more, and a
+reader that all has been written. `barrier()` is the only means; `lss.comm.symmetric` says where it stands and why.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class PeerMemory:
+    """Buffers of the ranks of a group, each writable by all of them. This class is the CPU's; `CudaPeerMemory` a GPU's.
+
+    On the CPU a buffer is a file in shared memory that every rank maps, and all calls are done when they return: the
+    plain twin, which tests run with delays between the steps.
+
+    Args:
+        group: the ranks, all of one host.
+        pause: called with a word at every step of a transfer; tests sleep there.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, pause: Callable[[str], None] | None = None) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.pause = pause or (lambda _step: None)
+        self._buffers: dict[str, tuple[int, Any]] = {}
+
+    def buffer(self, name: str, nbytes: int) -> list[torch.Tensor]:
+        """The ranks' buffers of this name, at least `nbytes` bytes each (uint8), this rank's own among them.
+
+        Collective where it must grow: every rank asks for the same name and size, in the same order.
+        """
+        capacity, views = self._buffers.get(name, (0, None))
+        if capacity < nbytes:
+            self._buffers.pop(name, None)
+            del views
+            views = self._allocate(nbytes)
+            self._buffers[name] = (nbytes, views)
+        return views
+
+    def _allocate(self, nbytes: int) -> Any:
+        folder = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+        mine = folder / f"lss-{os.getpid()}-{uuid.uuid4().hex}"
+        paths: list[Any] = [None] * self.size
+        own = torch.from_file(str(mine), shared=True, size=nbytes, dtype=torch.uint8)
+        dist.all_gather_object(paths, str(mine), group=self.group)
+        views = [
+            own if rank == self.rank else torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
+            for rank, path in enumerate(paths)
+        ]
+        dist.barrier(group=self.group)
+        with suppress(OSError):
+            mine.unlink()  # mapped by all: the name has served, and nothing is left behind whatever ends the run
+        return views
+
+    def barrier(self) -> None:
+        """Wait until every rank of the group has come here; on a GPU the transfer stream waits, not the host."""
+        dist.barrier(group=self.group)
+
+    def transfers(self) -> AbstractContextManager[Any]:
+        """The context in which transfers are issued: a side stream on a GPU."""
+        return nullcontext()
+
+    def follow(self) -> None:
+        """Order the transfer stream behind what this rank has been told to compute so far."""
+
+    def mark(self) -> Any:
+        """A mark of everything issued so far in the current context, to wait for with `wait_for`."""
+        return None
+
+    def wait_for(self, mark: Any) -> None:
+        """Order the current context behind a mark."""
+
+
+class CudaPeerMemory(PeerMemory):
+    """PeerMemory over torch's symmetric memory: peers' buffers are mapped, copies into them are done by copy engines."""
+
+    def __init__(self, group: dist.ProcessGroup, pause: Callable[[str], None] | None = None) -> None:
+        super().__init__(group, pause)
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._stream = torch.cuda.Stream(self._device)
+        self._handle: Any = None
+
+    def _allocate(self, nbytes: int) -> Any:
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        # torch would also bind the buffer to a multicast object, which nothing here uses
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        torch.cuda.synchronize(self._device)  # nobody may still read the buffer that this one replaces
+        mine = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
+        handle = symmetric_memory.rendezvous(mine, self.group)
+        views = [
+            mine if rank == self.rank else handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self.size)
+        ]
+        self._handle = handle
+        return views
+
+    def barrier(self) -> None:
+        self._handle.barrier(channel=0)
+
+    def transfers(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._stream)
+
+    def follow(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def wait_for(self, mark: Any) -> None:
+        if mark is not None:
+            torch.cuda.current_stream(self._device).wait_event(mark)
+
+
+def open_peers(group: dist.ProcessGroup, device: torch.device) -> PeerMemory | None:
+    """Peer memory over this group, or None where its ranks cannot reach one another's memory.
+
+    Collective: every rank gets the same answer. They can where all are on one host and, on GPUs, each may access all
+    others'.
+    """
+    mine = (socket.gethostname(), _boot_id(), device.type, torch.cuda.current_device() if device.type == "cuda" else -1,
+            device.type == "cpu" or _has_symmetric_memory())  # fmt: skip
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, mine, group=group)
+    one_host = len({(host, boot, kind) for host, boot, kind, *_ in told}) == 1 and all(ready for *_, ready in told)
+    if not one_host:
+        return None
+    if device.type == "cpu":
+        return PeerMemory(group)
+    devices = [index for *_, index, _ in told]
+    reached = len(set(devices)) == len(devices) and all(
+        torch.cuda.can_device_access_peer(mine[3], other) for other in devices if other != mine[3]
+    )
+    verdicts: list[Any] = [None] * len(told)
+    dist.all_gather_object(verdicts, reached, group=group)
+    return CudaPeerMemory(group) if all(verdicts) else None
+
+
+def _boot_id() -> str:
+    """Tells hosts of one name apart; containers of one host that share no memory are told apart by its namespace."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/ipc")
+    return ""
+
+
+def _has_symmetric_memory() -> bool:
+    try:
+        from torch.distributed import _symmetric_memory
+    except ImportError:
+        return False
+    return hasattr(_symmetric_memory, "rendezvous")

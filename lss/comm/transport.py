@@ -1,0 +1,160 @@
+"""How keys and values reach the ranks that see them, and their gradients come home: the table, and the choice.
+
+A transport serves one attention call. Its user gathers, computes, releases, and scatters, one head chunk after another;
+the next gather and the last scatter may be under way meanwhile, never two scatters.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from lss.comm.collectives import KV, Communicator, Pending, split_kv
+from lss.comm.symmetric import SymmetricTransport
+from lss.config.errors import refuse
+from lss.segment import Fetch, LocalRun, Mask, Segment, plan_fetch, plan_push
+
+TRANSPORTS = ("auto", "collective", "symmetric")
+DKV_DTYPES = ("auto", "float32", "inputs")
+
+
+class Transport(Protocol):
+    """What every transport offers.
+
+    Attributes:
+        runs: where the fetched tokens lie in the tensors that `gather` gives.
+        volatile: whether those tensors are overwritten by later gathers, so that who keeps them must copy them.
+    """
+
+    runs: tuple[LocalRun, ...]
+    volatile: bool
+
+    def gather(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
+        """Fetch keys and values, (B, L, K, H) each."""
+        ...
+
+    def release(self) -> None:
+        """The tensors that were waited for last have been read."""
+        ...
+
+    def new_dkv(self, like_BTKH: torch.Tensor) -> torch.Tensor:
+        """Uninitialised room for dK and dV of all fetched tokens."""
+        ...
+
+    def split(self, dkv: torch.Tensor) -> KV:
+        """dK and dV, (B, L, K, H) each, of such a room."""
+        ...
+
+    def scatter(self, dkv: torch.Tensor) -> Pending[KV]:
+        """Bring them home: dk, dv (B, T, K, H), summed over the ranks."""
+        ...
+
+
+class CollectiveTransport:
+    """One all-gather and one reduce-scatter, or two all-to-alls of only what is seen; the plain twin of all others.
+
+    A gather comes in the order of the ranks: where that is not the sequence's, it is reordered by a copy, and dK and dV
+    before their scatter by another.
+    """
+
+    volatile = False
+
+    def __init__(self, comm: Communicator, keys: Segment, fetch: Fetch | None, dkv_dtype: torch.dtype) -> None:
+        self._comm, self._keys, self._fetch, self._dkv_dtype = comm, keys, fetch, dkv_dtype
+        self.runs = keys.alone().local_runs if fetch is None else fetch.runs
+
+    def gather(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
+        if self._fetch is not None:
+            return self._comm.exchange_kv(k_BTKH, v_BTKH, self._fetch)
+        pending, keys = self._comm.all_gather_kv(k_BTKH, v_BTKH), self._keys
+
+        def result() -> KV:
+            k, v = pending.wait()
+            return keys.reorder(k, 1, keys.chunk_order), keys.reorder(v, 1, keys.chunk_order)
+
+        return Pending((), result)
+
+    def release(self) -> None:
+        pass
+
+    def new_dkv(self, like_BTKH: torch.Tensor) -> torch.Tensor:
+        B, _, K, H = like_BTKH.shape
+        length = self._keys.padded_len if self._fetch is None else self._fetch.length
+        return torch.empty(length, 2, B, K, H, dtype=self._dkv_dtype, device=like_BTKH.device)
+
+    def split(self, dkv: torch.Tensor) -> KV:
+        return split_kv(dkv)
+
+    def scatter(self, dkv: torch.Tensor) -> Pending[KV]:
+        if self._fetch is not None:
+            return self._comm.return_dkv(dkv, self._fetch)
+        return self._comm.reduce_scatter_dkv(self._keys.reorder(dkv, 0, self._keys.rank_order))
+
+
+class LocalTransport:
+    """Keys that this rank holds whole already: nothing travels, and dK, dV are its share of a sum over ranks."""
+
+    volatile = False
+
+    def __init__(self, keys: Segment, dkv_dtype: torch.dtype) -> None:
+        self.runs = keys.alone().local_runs
+        self._length, self._dkv_dtype = keys.padded_len, dkv_dtype
+
+    def gather(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
+        return Pending((), lambda: (k_BTKH, v_BTKH))
+
+    def release(self) -> None:
+        pass
+
+    def new_dkv(self, like_BTKH: torch.Tensor) -> torch.Tensor:
+        B, _, K, H = like_BTKH.shape
+        return torch.empty(2, B, self._length, K, H, dtype=self._dkv_dtype, device=like_BTKH.device)
+
+    def split(self, dkv: torch.Tensor) -> KV:
+        return dkv[0], dkv[1]
+
+    def scatter(self, dkv: torch.Tensor) -> Pending[KV]:
+        return Pending((), lambda: self.split(dkv))
+
+
+def make_transport(
+    name: str,
+    comm: Communicator,
+    queries: Segment,
+    keys: Segment,
+    masks: tuple[Mask, ...],
+    k_BTKH: torch.Tensor,
+    *,
+    dkv_dtype: str,
+    head_chunks: int,
+    summed: bool = True,
+) -> Transport:
+    """The transport of one attention call.
+
+    Args:
+        name: "collective" or "symmetric"; "auto" is symmetric on GPUs that reach one another's memory, else collective.
+        masks: of the whole sequence, which every rank plans by.
+        dkv_dtype: what dK and dV of half precision travel in: "float32", or "inputs", their own dtype. "auto" is float32
+            where a collective sums them one after another in the dtype that they travel in, and "inputs" else.
+
+    Raises:
+        Refused: an unknown name, or "symmetric" where ranks do not reach one another's memory.
+    """
+    for setting, value, choices in (("transport", name, TRANSPORTS), ("dkv_dtype", dkv_dtype, DKV_DTYPES)):
+        if value not in choices:
+            raise refuse(setting, value, f"unknown; use one of {', '.join(choices)}")
+    wide = torch.promote_types(k_BTKH.dtype, torch.float32)
+    if comm.size == 1 or keys.cp == 1:
+        return LocalTransport(keys, k_BTKH.dtype if dkv_dtype == "inputs" or not summed else wide)
+    peers = comm.peers(k_BTKH.device) if name == "symmetric" or (name == "auto" and k_BTKH.is_cuda) else None
+    if name == "symmetric" and peers is None:
+        fit = "the ranks of the cp group do not reach one another's memory; use 'auto' or 'collective'"
+        raise refuse("transport", name, fit)
+    if peers is not None:
+        push = plan_push(queries, keys, masks)
+        narrow = dkv_dtype == "inputs" or (dkv_dtype == "auto" and k_BTKH.is_cuda)
+        dtype = k_BTKH.dtype if narrow else wide
+        return SymmetricTransport(peers, push, depth=min(head_chunks, 2), dkv_dtype=dtype)
+    fetch = plan_fetch(queries, keys, masks)
+    return CollectiveTransport(comm, keys, fetch, k_BTKH.dtype if dkv_dtype == "inputs" else wide)

@@ -34,6 +34,13 @@ class Pending(Generic[R]):
         self._result = result
         self._keep = keep  # the input must outlive the transfer
 
+    def begin(self) -> R:
+        """The result, whose parts may not all have come: `upto` says which are read next. Here all have."""
+        return self.wait()
+
+    def upto(self, length: int) -> None:
+        """Wait until the first `length` tokens of the result have come."""
+
     def wait(self) -> R:
         """Wait for the transfer and return the result."""
         for work in self._works:

@@ -10,13 +10,17 @@ import os
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+# Bytes up to which copies are done by one kernel: an engine's start takes as long as 8 MiB over NVLink.
+SHORT_COPY = 16 << 20
 
 
 class PeerMemory:
@@ -35,6 +39,9 @@ class PeerMemory:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.pause = pause or (lambda _step: None)
         self._buffers: dict[str, tuple[int, Any]] = {}
+        # what `lss.comm.symmetric` keeps from call to call: where copies go, and marks of the last reads of each buffer
+        self.routes: dict[Any, Any] = {}
+        self.read: dict[str, Any] = {}
 
     def buffer(self, name: str, nbytes: int) -> list[torch.Tensor]:
         """The ranks' buffers of this name, at least `nbytes` bytes each (uint8), this rank's own among them.
@@ -43,11 +50,17 @@ class PeerMemory:
         """
         capacity, views = self._buffers.get(name, (0, None))
         if capacity < nbytes:
+            self.routes.clear()  # they hold views of the buffer that goes
             self._buffers.pop(name, None)
             del views
             views = self._allocate(nbytes)
             self._buffers[name] = (nbytes, views)
         return views
+
+    def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        """Copy each source to its place."""
+        for place, source in zip(places, sources, strict=True):
+            place.copy_(source)
 
     def _allocate(self, nbytes: int) -> Any:
         folder = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
@@ -105,6 +118,13 @@ class CudaPeerMemory(PeerMemory):
         ]
         self._handle = handle
         return views
+
+    def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        # one launch where each copy is short; copy engines, which take no multiprocessor from attention, where it is long
+        if sum(source.numel() * source.element_size() for source in sources) <= SHORT_COPY:
+            torch._foreach_copy_(list(places), list(sources))
+        else:
+            super().copy(places, sources)
 
     def barrier(self) -> None:
         self._handle.barrier(channel=0)

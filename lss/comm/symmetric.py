@@ -5,11 +5,12 @@ those that the rank there sees: no staging, no reordering, no key that nobody lo
 back, into a slot per sender, and the owner sums the slots that hold something, in float32 inside one kernel. On GPUs the
 copies run on a side stream by the copy engines, beside the attention that computes meanwhile.
 
-A transfer is four steps, in the same order on every rank:
+What a rank's first kernel call reads comes first, the rest while that one computes. A transfer is four steps, in the same
+order on every rank:
 
     1. the barrier "free": nobody reads any more what is about to be written;
     2. the copies;
-    3. the barrier "arrived": everything has been written;
+    3. the barrier "arrived": everything has been written (2 and 3 twice, where what is read first comes first);
     4. the reader computes, and then marks the buffer as read, which the next "free" waits for.
 
 Without 1 a fast rank overwrites keys that a slow one is still reading (the next layer's, or the next head chunk's);
@@ -18,7 +19,8 @@ without 3 a rank reads what has not come. Tests run both faults, with delays bet
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,15 +30,60 @@ from lss.comm.counter import record
 from lss.comm.peers import PeerMemory
 from lss.segment import Push
 
+# A gather of fewer bytes comes at once: another barrier would cost more than waiting for the rest.
+STAGED_BYTES = 32 << 20
 
-class _Arrival:
-    """What `Pending.wait` waits for: the mark of a transfer's last step."""
 
-    def __init__(self, peers: PeerMemory, mark: Any) -> None:
-        self._peers, self._mark = peers, mark
+@dataclass(frozen=True)
+class _Copy:
+    """One copy between this rank's tensors and a rank's buffer: which plane (k or v), row and tokens of them."""
 
-    def wait(self) -> None:
-        self._peers.wait_for(self._mark)
+    place: torch.Tensor
+    plane: int
+    row: int
+    start: int
+    stop: int
+
+    def source(self, planes: Sequence[torch.Tensor]) -> torch.Tensor:
+        return planes[self.plane][self.row, self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Where one kind of transfer goes: this rank's own buffer, copies that stay here, and those of each stage."""
+
+    mine: torch.Tensor
+    here: tuple[_Copy, ...]
+    stages: tuple[tuple[int, tuple[_Copy, ...]], ...]  # (tokens of this rank's buffer that have come then, copies)
+
+
+class _Arriving(Pending[KV]):
+    """A transfer into this rank's memory, in stages."""
+
+    def __init__(self, peers: PeerMemory, marks: list[tuple[int, Any]], result: Callable[[], KV], keep: object) -> None:
+        super().__init__((), result, keep)
+        self._peers, self._marks = peers, marks
+
+    def begin(self) -> KV:
+        return self._result()
+
+    def upto(self, length: int) -> None:
+        while self._marks:
+            come, mark = self._marks.pop(0)
+            self._peers.wait_for(mark)
+            if come >= length:
+                return
+
+    def wait(self) -> KV:
+        self.finish()
+        return self._result()
+
+    def finish(self) -> None:
+        """Wait for the last stage."""
+        for _, mark in self._marks[-1:]:
+            self._peers.wait_for(mark)
+        self._marks.clear()
+        self._keep = None
 
 
 class SymmetricTransport:
@@ -54,11 +101,10 @@ class SymmetricTransport:
     volatile = True  # the buffers are written again by the next gathers
 
     def __init__(self, peers: PeerMemory, push: Push, depth: int, dkv_dtype: torch.dtype) -> None:
-        self.runs = push.runs
+        self.runs, self.length = push.runs, push.length
         self._peers, self._push, self._depth, self._dkv_dtype = peers, push, depth, dkv_dtype
         self._next = 0
-        # marks of the last reads: of each buffer of keys, and of the slots that gradients come in
-        self._read: dict[str, Any] = peers.__dict__.setdefault("read_marks", {})
+        self._reading: tuple[str, _Arriving] | None = None
 
     def gather(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
         """Fetch the keys and values that this rank sees, (B, push.length, K, H), in sequence order.
@@ -67,31 +113,24 @@ class SymmetricTransport:
         """
         name = f"kv{self._next % self._depth}"
         self._next += 1
-        B, _, K, H = k_BTKH.shape
         kv = k_BTKH.contiguous(), v_BTKH.contiguous()  # a slice of heads is gathered to be copied in long runs
-        views = _typed(self._peers, name, [(2, B, length, K, H) for length in self._push.lengths], k_BTKH.dtype)
-        mine = views[self._peers.rank]
-        record("all_gather", "kv", mine)
-
-        def copies() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for peer in _around(self._peers):
-                for a, b, at in self._push.sends[peer]:
-                    for plane, x in enumerate(kv):
-                        for row in range(B):
-                            yield views[peer][plane, row, at : at + b - a], x[row, a:b]
-
-        arrival = self._transfer(name, copies())
+        route = self._route(name, self._kv_route, (k_BTKH.shape[0], *k_BTKH.shape[2:]), k_BTKH.dtype)
+        record("all_gather", "kv", route.mine)
 
         def result() -> KV:
-            self._reading = name
+            self._reading = name, arriving
             self._peers.pause("read")
-            return mine[0], mine[1]
+            return route.mine[0], route.mine[1]
 
-        return Pending((arrival,), result, kv)
+        arriving = _Arriving(self._peers, self._transfer(name, route, kv), result, kv)
+        return arriving
 
     def release(self) -> None:
         """The keys and values gathered last have been read: everything that reads them has been issued."""
-        self._read[self._reading] = self._peers.mark()
+        assert self._reading is not None
+        name, arriving = self._reading
+        arriving.finish()
+        self._peers.read[name] = self._peers.mark()
 
     def new_dkv(self, like_BTKH: torch.Tensor) -> torch.Tensor:
         """Room for the dK and dV of all fetched tokens; nothing stands there yet."""
@@ -107,68 +146,105 @@ class SymmetricTransport:
 
         Counted as one reduce-scatter whose payload is what this rank has for all ranks, itself included.
         """
-        name, push, rank = "dkv", self._push, self._peers.rank
         _, B, _, K, H = dkv.shape
-        T = push.local_len
-        views = _typed(self._peers, name, [(self._peers.size, 2, B, T, K, H)] * self._peers.size, dkv.dtype)
-        mine = views[rank]
+        route, sums, T = self._route("dkv", self._dkv_route, (B, K, H), dkv.dtype), self._push.sums, self._push.local_len
         record("reduce_scatter", "dkv", dkv)
-
-        def copies() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for peer in _around(self._peers):
-                for at, a, b in push.returns[peer]:
-                    for plane in range(2):
-                        for row in range(B):
-                            yield views[peer][rank, plane, row, a:b], dkv[plane, row, at : at + b - a]
-
-        # where the senders of a token are not neighbours, absent ones are summed as zeros
-        arrival = self._transfer(name, copies(), clear=mine if push.sums is None else None)
 
         def result() -> KV:
             self._peers.pause("read")
             total = dkv.new_empty(2, B, T, K, H)
-            for a, b, first, end in push.sums or ((0, T, 0, self._peers.size),):
-                if first == end:
-                    total[:, :, a:b].zero_()
-                elif end - first == 1:
-                    total[:, :, a:b].copy_(mine[first, :, :, a:b])
-                elif end - first == 2:  # half precision is added in float32 inside, here and below
-                    torch.add(mine[first, :, :, a:b], mine[first + 1, :, :, a:b], out=total[:, :, a:b])
-                else:
-                    torch.sum(mine[first:end, :, :, a:b], 0, out=total[:, :, a:b])
-            self._read[name] = self._peers.mark()
+            for a, b, first, end in sums or ((0, T, 0, self._peers.size),):
+                _sum_slots(total[:, :, a:b], route.mine[first:end, :, :, a:b])
+            self._peers.read["dkv"] = self._peers.mark()
             return total[0], total[1]
 
-        return Pending((arrival,), result, dkv)
+        # where the senders of a token are not neighbours, absent ones are summed as zeros
+        marks = self._transfer("dkv", route, dkv, clear=sums is None)
+        return _Arriving(self._peers, marks, result, dkv)
 
-    def _transfer(
-        self, name: str, copies: Iterator[tuple[torch.Tensor, torch.Tensor]], clear: torch.Tensor | None = None
-    ) -> _Arrival:
-        peers = self._peers
+    # -- how both travel ---------------------------------------------------------------------------------------------
+
+    def _transfer(self, name: str, route: _Route, planes: Sequence[torch.Tensor], clear: bool = False) -> list[tuple[int, Any]]:
+        """Issue a transfer; returns (tokens that have come, mark) of each stage."""
+        peers, marks = self._peers, []
+        if clear:
+            route.mine.zero_()
+        peers.copy([copy.place for copy in route.here], [copy.source(planes) for copy in route.here])
         peers.follow()
         with peers.transfers():
-            peers.wait_for(self._read.get(name))
-            if clear is not None:
-                clear.zero_()
+            peers.wait_for(peers.read.get(name))
             peers.pause("free")
             peers.barrier()
-            peers.pause("copy")
-            for place, source in copies:
-                place.copy_(source)
-            peers.pause("arrived")
-            peers.barrier()
-            return _Arrival(peers, peers.mark())
+            for come, copies in route.stages:
+                peers.pause("copy")
+                peers.copy([copy.place for copy in copies], [copy.source(planes) for copy in copies])
+                peers.pause("arrived")
+                peers.barrier()
+                marks.append((come, peers.mark()))
+        return marks
+
+    def _route(self, name: str, make: Callable[..., _Route], shape: tuple[int, ...], dtype: torch.dtype) -> _Route:
+        """The route of this transfer, made once for all calls of one cut, shape and dtype."""
+        key = name, id(self._push), shape, dtype
+        if key not in self._peers.routes:
+            # the plan is kept with it: its identity stands for it
+            route = make(name, *shape, dtype)
+            self._peers.routes[key] = route, self._push
+        return self._peers.routes[key][0]
+
+    def _kv_route(self, name: str, B: int, K: int, H: int, dtype: torch.dtype) -> _Route:
+        push, me = self._push, self._peers.rank
+        buffers = _typed(self._peers, name, [(2, B, length, K, H) for length in push.lengths], dtype)
+        longest = max(2 * B * length * K * H * dtype.itemsize for length in push.lengths)
+        staged = longest >= STAGED_BYTES and any(f < n for f, n in zip(push.firsts, push.lengths, strict=True))
+
+        def copies(peer: int, start: int, stop: int) -> list[_Copy]:
+            """This rank's part of places [start, stop) of a peer's buffer."""
+            cut = [(a + max(start - at, 0), min(b, a + stop - at), max(at, start)) for a, b, at in push.sends[peer]]
+            return [
+                _Copy(buffers[peer][plane, row, at : at + b - a], plane, row, a, b)
+                for a, b, at in cut if a < b for plane in range(2) for row in range(B)
+            ]  # fmt: skip
+
+        edges = [[0, push.firsts[peer], push.lengths[peer]] if staged else [0, push.lengths[peer]] for peer in range(len(buffers))]
+        stages = tuple(
+            (edges[me][i + 1], tuple(c for peer in _others(self._peers) for c in copies(peer, *edges[peer][i : i + 2])))
+            for i in range(2 if staged else 1)
+        )
+        return _Route(buffers[me], tuple(copies(me, 0, push.length)), stages)
+
+    def _dkv_route(self, name: str, B: int, K: int, H: int, dtype: torch.dtype) -> _Route:
+        push, me, size = self._push, self._peers.rank, self._peers.size
+        buffers = _typed(self._peers, name, [(size, 2, B, push.local_len, K, H)] * size, dtype)
+
+        def copies(peer: int) -> list[_Copy]:
+            return [
+                _Copy(buffers[peer][me, plane, row, a:b], plane, row, at, at + b - a)
+                for at, a, b in push.returns[peer] for plane in range(2) for row in range(B)
+            ]  # fmt: skip
+
+        abroad = tuple(c for peer in _others(self._peers) for c in copies(peer))
+        return _Route(buffers[me], tuple(copies(me)), ((push.local_len, abroad),))
 
 
-def _around(peers: PeerMemory) -> Iterator[int]:
-    """All ranks, the next one first and this one last, so that not all write to the same one at a time."""
-    for step in range(1, peers.size + 1):
-        yield (peers.rank + step) % peers.size
+def _sum_slots(total: torch.Tensor, slots: torch.Tensor) -> None:
+    """Sum over the first dimension into `total`; half precision is added in float32 inside."""
+    if len(slots) == 0:
+        total.zero_()
+    elif len(slots) == 1:
+        total.copy_(slots[0])
+    elif len(slots) == 2:
+        torch.add(slots[0], slots[1], out=total)
+    else:
+        torch.sum(slots, 0, out=total)
 
 
-def _typed(
-    peers: PeerMemory, name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype
-) -> list[torch.Tensor]:
+def _others(peers: PeerMemory) -> list[int]:
+    """All other ranks, the next one first, so that not all write to the same one at a time."""
+    return [(peers.rank + step) % peers.size for step in range(1, peers.size)]
+
+
+def _typed(peers: PeerMemory, name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
     """Each rank's buffer as a tensor of its shape; room for the largest on all of them."""
     counts = [torch.Size(shape).numel() for shape in shapes]
     buffers = peers.buffer(name, max(counts) * dtype.itemsize)

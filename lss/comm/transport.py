@@ -24,10 +24,12 @@ class Transport(Protocol):
 
     Attributes:
         runs: where the fetched tokens lie in the tensors that `gather` gives.
+        length: how many tokens those tensors have, L.
         volatile: whether those tensors are overwritten by later gathers, so that who keeps them must copy them.
     """
 
     runs: tuple[LocalRun, ...]
+    length: int
     volatile: bool
 
     def gather(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
@@ -63,6 +65,7 @@ class CollectiveTransport:
     def __init__(self, comm: Communicator, keys: Segment, fetch: Fetch | None, dkv_dtype: torch.dtype) -> None:
         self._comm, self._keys, self._fetch, self._dkv_dtype = comm, keys, fetch, dkv_dtype
         self.runs = keys.alone().local_runs if fetch is None else fetch.runs
+        self.length = keys.padded_len if fetch is None else fetch.length
 
     def gather(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
         if self._fetch is not None:
@@ -80,8 +83,7 @@ class CollectiveTransport:
 
     def new_dkv(self, like_BTKH: torch.Tensor) -> torch.Tensor:
         B, _, K, H = like_BTKH.shape
-        length = self._keys.padded_len if self._fetch is None else self._fetch.length
-        return torch.empty(length, 2, B, K, H, dtype=self._dkv_dtype, device=like_BTKH.device)
+        return torch.empty(self.length, 2, B, K, H, dtype=self._dkv_dtype, device=like_BTKH.device)
 
     def split(self, dkv: torch.Tensor) -> KV:
         return split_kv(dkv)
@@ -99,7 +101,7 @@ class LocalTransport:
 
     def __init__(self, keys: Segment, dkv_dtype: torch.dtype) -> None:
         self.runs = keys.alone().local_runs
-        self._length, self._dkv_dtype = keys.padded_len, dkv_dtype
+        self.length, self._dkv_dtype = keys.padded_len, dkv_dtype
 
     def gather(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
         return Pending((), lambda: (k_BTKH, v_BTKH))
@@ -109,7 +111,7 @@ class LocalTransport:
 
     def new_dkv(self, like_BTKH: torch.Tensor) -> torch.Tensor:
         B, _, K, H = like_BTKH.shape
-        return torch.empty(2, B, self._length, K, H, dtype=self._dkv_dtype, device=like_BTKH.device)
+        return torch.empty(2, B, self.length, K, H, dtype=self._dkv_dtype, device=like_BTKH.device)
 
     def split(self, dkv: torch.Tensor) -> KV:
         return dkv[0], dkv[1]

@@ -203,7 +203,8 @@ def attend(
     if options.strategy == "lss":
         transport = make_transport(
             options.transport, comm, segment, keys, tuple(mask for _, mask in work.masks), k,
-            dkv_dtype=options.dkv_dtype, head_chunks=chunks, summed=work.summed(keys.local_runs)[1],
+            dkv_dtype=options.dkv_dtype, head_chunks=chunks,
+            summed=work.schedule(keys.local_runs, q.shape[1], k.shape[1]).dk_summed,
         )  # fmt: skip
     spec = AttentionSpec(
         segment=segment,

@@ -17,10 +17,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lss.comm import Pending
-from lss.comm.collectives import KV
 from lss.comm.transport import Transport
 from lss.context_parallel.spec import AttentionSpec, head_groups
-from lss.kernels.blocks import add_sinks_, sinks_gradient
+from lss.kernels.blocks import Ready, add_sinks_, sinks_gradient
 from lss.kernels.merge import empty_lse
 
 HeadGroups = list[tuple[slice, slice]]
@@ -46,15 +45,20 @@ def lss_attention(
     return _LSSAttention.apply(q_BTNH, k_BTKH, v_BTKH, sinks_N, spec)
 
 
-def _fetched(k: torch.Tensor, v: torch.Tensor, groups: HeadGroups, transport: Transport) -> Iterator[KV]:
-    """The keys and values that this rank sees, one head chunk after another, the next already under way."""
+def _fetched(
+    k: torch.Tensor, v: torch.Tensor, groups: HeadGroups, transport: Transport
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Ready | None]]:
+    """The keys and values that this rank sees, one head chunk after another, the next already under way.
+
+    With them comes what waits until the first so many tokens of them are there.
+    """
     pending = transport.gather(k[:, :, groups[0][1]], v[:, :, groups[0][1]])
     for i in range(len(groups)):
-        fetched = pending.wait()
+        come, arriving = pending.begin(), pending
         if i + 1 < len(groups):
             heads = groups[i + 1][1]
             pending = transport.gather(k[:, :, heads], v[:, :, heads])
-        yield fetched
+        yield *come, arriving.upto
 
 
 class _LSSAttention(torch.autograd.Function):
@@ -63,9 +67,10 @@ class _LSSAttention(torch.autograd.Function):
         groups, transport = head_groups(q.shape[2], k.shape[2], spec.head_chunks), spec.transport
         assert transport is not None
         out, lse, kept = torch.empty_like(q), empty_lse(q), []
-        for (q_heads, _), (keys, values) in zip(groups, _fetched(k, v, groups, transport), strict=True):
+        for (q_heads, _), (keys, values, ready) in zip(groups, _fetched(k, v, groups, transport), strict=True):
             work = spec.work.of_heads(q_heads)
-            work.forward(out[:, :, q_heads], lse[:, q_heads], q[:, :, q_heads], keys, values, transport.runs)
+            places = out[:, :, q_heads], lse[:, q_heads]
+            work.forward(*places, q[:, :, q_heads], keys, values, transport.runs, ready=ready)
             if not spec.regather:
                 kept += [x.clone() for x in (keys, values)] if transport.volatile else [keys, values]
             transport.release()
@@ -82,14 +87,16 @@ class _LSSAttention(torch.autograd.Function):
         groups, transport = head_groups(q.shape[2], k.shape[2], spec.head_chunks), spec.transport
         assert transport is not None
         # what several calls add to is kept in float32
-        dq = torch.empty_like(q, dtype=lse.dtype if spec.work.summed(transport.runs)[0] else q.dtype)
-        fetched = zip(kept[::2], kept[1::2], strict=True) if kept else _fetched(k, v, groups, transport)
+        summed = spec.work.schedule(transport.runs, q.shape[1], transport.length).dq_summed
+        dq = torch.empty_like(q, dtype=lse.dtype if summed else q.dtype)
+        fetched = ((*kv, None) for kv in zip(kept[::2], kept[1::2], strict=True)) if kept else _fetched(k, v, groups, transport)
         home = _Home(k, len(groups))
-        for (q_heads, k_heads), (keys, values) in zip(groups, fetched, strict=True):
+        for (q_heads, k_heads), (keys, values, ready) in zip(groups, fetched, strict=True):
             dkv = transport.new_dkv(keys)
             douts, queries, outs, dqs = (x[:, :, q_heads] for x in (dout, q, out, dq))
             work, (dks, dvs) = spec.work.of_heads(q_heads), transport.split(dkv)
-            work.backward(dqs, dks, dvs, douts, queries, keys, values, outs, lse[:, q_heads], transport.runs)
+            given = douts, queries, keys, values, outs, lse[:, q_heads]
+            work.backward(dqs, dks, dvs, *given, transport.runs, ready=ready)
             if not kept:
                 transport.release()
             home.arrive()  # the last chunk's scatter has had this chunk's time

@@ -169,7 +169,8 @@ class _UlyssesAttention(torch.autograd.Function):
         work, my_sinks = _my_heads(exchange, sinks)
         runs = spec.segment.alone().local_runs
         # float32 only where gradients of several calls, or of several ranks for a key head that they share, are added up
-        alone = exchange.all_native and not any(work.summed(runs))
+        schedule = work.schedule(runs, queries.shape[1], keys.shape[1])
+        alone = exchange.all_native and not (schedule.dq_summed or schedule.dk_summed)
         dq, dk, dv = (torch.empty_like(x, dtype=dout.dtype if alone else lse.dtype) for x in (queries, keys, values))
         work.backward(dq, dk, dv, dout_heads, queries, keys, values, out_heads, lse, runs)
         fused = torch.cat((dq, exchange.gather_back(dk), exchange.gather_back(dv)), dim=2)

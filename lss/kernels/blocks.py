@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -12,6 +13,120 @@ from lss.kernels.rules import Rules, Scores
 from lss.kernels.table import Kernel
 from lss.segment import Block, LocalRun, Mask, Run, Segment, make_blocks
 from lss.segment.mask import merged
+
+
+Ready = Callable[[int], None]
+Piece = tuple[int, int, bool]  # (start, stop, whether something stands there already)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel call: some rows of the batch, a block, and where its results go.
+
+    Attributes:
+        overlapping: the outputs are merged with those of other calls.
+        dq, dk: pieces of the gradients of queries and keys; None where nothing stands there yet, and the kernel may write.
+    """
+
+    rows: slice
+    block: Block
+    overlapping: bool
+    dq: tuple[Piece, ...] | None
+    dk: tuple[Piece, ...] | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The calls of one rank on some keys, forward and backward, and the places that no call writes.
+
+    Backward's order: the call that sees most keys first, so that of two prefixes one is written and the other added.
+    """
+
+    forward: tuple[Call, ...]
+    backward: tuple[Call, ...]
+    unseeing: tuple[tuple[slice, slice], ...]
+    dq_gaps: tuple[tuple[slice, slice], ...]
+    dk_gaps: tuple[tuple[slice, slice], ...]
+
+    @property
+    def dq_summed(self) -> bool:
+        """Whether some query gets its gradient from several calls, which are added up."""
+        return any(call.dq is not None for call in self.backward)
+
+    @property
+    def dk_summed(self) -> bool:
+        """Whether some key does."""
+        return any(call.dk is not None for call in self.backward)
+
+
+@lru_cache(maxsize=256)
+def _schedule(
+    queries: tuple[LocalRun, ...],
+    keys: tuple[LocalRun, ...],
+    masks: tuple[tuple[int, int, Mask], ...],
+    lengths: tuple[int, int],
+    placed: bool,
+) -> Schedule:
+    """Planned once for all layers and steps of one cut: on short sequences planning would cost more than attention."""
+    forward, groups = [], [slice(start, stop) for start, stop, _ in masks]
+    answered = _Covered(lengths[0], groups)
+    for start, stop, mask in masks:
+        for block in make_blocks(queries, keys, mask, placed):
+            forward.append(Call(slice(start, stop), block, mask.merging, None, None))
+            if not mask.merging:  # what is merged starts from nothing, 0 and -inf
+                answered.add(forward[-1].rows, block.q_start, block.q_stop)
+    dq, dk = _Covered(lengths[0], groups), _Covered(lengths[1], groups)
+    backward = []
+    for call in sorted(forward, key=lambda call: call.block.k_start - call.block.k_stop):
+        b = call.block
+        pieces = dq.pieces(call.rows, b.q_start, b.q_stop), dk.pieces(call.rows, b.k_start, b.k_stop)
+        written = [p if any(old for *_, old in p) else None for p in pieces]
+        backward.append(replace(call, dq=written[0], dk=written[1]))
+        dq.add(call.rows, b.q_start, b.q_stop)
+        dk.add(call.rows, b.k_start, b.k_stop)
+    return Schedule(tuple(forward), tuple(backward), answered.gaps(), dq.gaps(), dk.gaps())
+
+
+class _Covered:
+    """Which places along the tokens have been written, for each group of rows of the batch."""
+
+    def __init__(self, length: int, groups: Sequence[slice]) -> None:
+        self._length, self._groups = length, groups
+        self._runs: dict[int, list[Run]] = {rows.start: [] for rows in groups}
+
+    def add(self, rows: slice, start: int, stop: int) -> None:
+        """Mark a run of places as written."""
+        self._runs[rows.start] = list(merged([*self._runs[rows.start], (start, stop)]))
+
+    def pieces(self, rows: slice, start: int, stop: int) -> tuple[Piece, ...]:
+        """The run in pieces that have been written and that have not."""
+        found, at = [], start
+        for a, b in self._runs[rows.start]:
+            a, b = max(a, start), min(b, stop)
+            if a < b:
+                found += [(at, a, False)] * (at < a) + [(a, b, True)]
+                at = b
+        return (*found, (at, stop, False)) if at < stop else tuple(found)
+
+    def gaps(self) -> tuple[tuple[slice, slice], ...]:
+        """(rows, run) of everything that has not been written."""
+        return tuple(
+            (rows, slice(a, b))
+            for rows in self._groups
+            for a, b, written in self.pieces(rows, 0, self._length)
+            if not written
+        )
+
+
+def _put(target: torch.Tensor, part: torch.Tensor, rows: slice, pieces: tuple[Piece, ...]) -> None:
+    """Add a call's gradient where something stands already, and write it elsewhere."""
+    first = pieces[0][0]
+    for a, b, written in pieces:
+        place, piece = target[rows, a:b], part[:, a - first : b - first]
+        if written:
+            place.add_(piece)
+        else:
+            place.copy_(piece)
 
 
 @dataclass(frozen=True)
@@ -32,23 +147,20 @@ class Work:
 
     def of_heads(self, heads: slice) -> Work:
         """The same for some of these heads."""
-        scores = None if self.scores is None else self.scores.of(heads=heads)
-        return Work(self.kernel, self.scale, self.queries, self.masks, scores)
+        return self if self.scores is None else replace(self, scores=self.scores.of(heads=heads))
 
     def of_queries(self, queries: tuple[LocalRun, ...]) -> Work:
         """The same for other queries."""
-        return Work(self.kernel, self.scale, queries, self.masks, self.scores)
+        return replace(self, queries=queries)
 
-    def calls(self, keys: Sequence[LocalRun]) -> list[tuple[slice, Block, Scores | None, bool]]:
-        """(rows of the batch, block, their scores, whether results are merged) of all calls on these runs of keys."""
-        calls = []
-        for rows, mask in self.masks:
-            scores = None if self.scores is None else self.scores.of(rows)
-            for block in make_blocks(self.queries, tuple(keys), mask, scores is not None):
-                calls.append((rows, block, scores, mask.merging))
-        return calls
+    def schedule(self, keys: Sequence[LocalRun], T: int = 0, S: int = 0) -> Schedule:
+        """All calls on these runs of keys; T and S are the lengths that gaps are told of."""
+        masks = tuple((rows.start, rows.stop, mask) for rows, mask in self.masks)
+        return _schedule(self.queries, tuple(keys), masks, (T, S), self.scores is not None)
 
-    def _how(self, block: Block, scores: Scores | None) -> dict:
+    def _how(self, call: Call) -> dict:
+        block = call.block
+        scores = None if self.scores is None else self.scores.of(call.rows)
         return {"causal": block.causal, "scale": self.scale, "window": block.window, "scores": scores,
                 "places": (block.q_place, block.k_place)}  # fmt: skip
 
@@ -62,29 +174,29 @@ class Work:
         keys: Sequence[LocalRun],
         *,
         merging: bool = False,
+        ready: Ready | None = None,
     ) -> None:
         """Write the outputs and lse of the queries in place; with `merging`, merge them with what stands there already.
 
-        Without it nothing need stand there: a query that sees nothing gets out 0 and lse -inf.
+        Without it nothing need stand there: a query that sees nothing gets out 0 and lse -inf. `ready` is called before
+        each kernel with how many of the first keys it reads, and waits for them.
         """
-        calls = self.calls(keys)
-        if not merging:
-            seen = _Covered(q_BTNH.shape[1], self._groups)
-            for rows, b, _, overlapping in calls:
-                if not overlapping:
-                    seen.add(rows, b.q_start, b.q_stop)
-            for rows, t in seen.gaps():
-                out_BTNH[rows, t].zero_()
-                lse_BNT[rows, :, t].fill_(float("-inf"))
-        for rows, b, scores, overlapping in calls:
+        schedule = self.schedule(keys, q_BTNH.shape[1], k_BSKH.shape[1])
+        for rows, t in () if merging else schedule.unseeing:
+            out_BTNH[rows, t].zero_()
+            lse_BNT[rows, :, t].fill_(float("-inf"))
+        for call in schedule.forward:
+            rows, b = call.rows, call.block
             t, s = slice(b.q_start, b.q_stop), slice(b.k_start, b.k_stop)
+            if ready is not None:
+                ready(b.k_stop)
             tensors, place = (q_BTNH[rows, t], k_BSKH[rows, s], v_BSKH[rows, s]), (out_BTNH[rows, t], lse_BNT[rows, :, t])
-            if merging or overlapping:
-                part = merge(*place, *self.kernel.forward(*tensors, **self._how(b, scores)))
+            if merging or call.overlapping:
+                part = merge(*place, *self.kernel.forward(*tensors, **self._how(call)))
                 place[0].copy_(part[0])
                 place[1].copy_(part[1])
             else:
-                self.kernel.forward(*tensors, **self._how(b, scores), into=place)
+                self.kernel.forward(*tensors, **self._how(call), into=place)
 
     def backward(
         self,
@@ -100,106 +212,38 @@ class Work:
         keys: Sequence[LocalRun],
         *,
         add_dq: bool = False,
+        ready: Ready | None = None,
     ) -> None:
         """Write the gradients to dq, dk and dv in place, where nothing need stand; with `add_dq` dq is added to.
 
-        out and lse are those of all keys that a query sees. A key that several calls see is summed in dk's own dtype; the
-        call that sees most comes first, so that of two prefixes one is written and only the other added.
+        out and lse are those of all keys that a query sees. What several calls give is summed in the dtype of its place.
         """
-        calls = sorted(self.calls(keys), key=lambda call: call[1].k_start - call[1].k_stop)
-        queries, seen = _Covered(q_BTNH.shape[1], self._groups), _Covered(k_BSKH.shape[1], self._groups)
-        if add_dq:
-            queries.add(slice(0, len(q_BTNH)), 0, q_BTNH.shape[1])
-        for rows, b, scores, _ in calls:
+        schedule = self.schedule(keys, q_BTNH.shape[1], k_BSKH.shape[1])
+        for call in schedule.backward:
+            rows, b = call.rows, call.block
             t, s = slice(b.q_start, b.q_stop), slice(b.k_start, b.k_stop)
-            new_q, new_k = queries.fresh(rows, t), seen.fresh(rows, s)
+            if ready is not None:
+                ready(b.k_stop)
+            dq = ((t.start, t.stop, True),) if add_dq else call.dq
             place = (
-                dq_BTNH[rows, t] if new_q else None,
-                dk_BSKH[rows, s] if new_k else None,
-                dv_BSKH[rows, s] if new_k else None,
+                dq_BTNH[rows, t] if dq is None else None,
+                dk_BSKH[rows, s] if call.dk is None else None,
+                dv_BSKH[rows, s] if call.dk is None else None,
             )
             grads = self.kernel.backward(
                 dout_BTNH[rows, t], q_BTNH[rows, t], k_BSKH[rows, s], v_BSKH[rows, s], out_BTNH[rows, t],
-                lse_BNT[rows, :, t], **self._how(b, scores), into=place,
+                lse_BNT[rows, :, t], **self._how(call), into=place,
             )  # fmt: skip
-            if not new_q:
-                queries.put(dq_BTNH, grads[0], rows, t)
-            if not new_k:
-                seen.put(dk_BSKH, grads[1], rows, s)
-                seen.put(dv_BSKH, grads[2], rows, s)
-            queries.add(rows, t.start, t.stop)
-            seen.add(rows, s.start, s.stop)
-        for rows, t in queries.gaps():
+            if dq is not None:
+                _put(dq_BTNH, grads[0], rows, dq)
+            if call.dk is not None:
+                _put(dk_BSKH, grads[1], rows, call.dk)
+                _put(dv_BSKH, grads[2], rows, call.dk)
+        for rows, t in () if add_dq else schedule.dq_gaps:
             dq_BTNH[rows, t].zero_()
-        for rows, s in seen.gaps():
+        for rows, s in schedule.dk_gaps:
             dk_BSKH[rows, s].zero_()
             dv_BSKH[rows, s].zero_()
-
-    def summed(self, keys: Sequence[LocalRun]) -> tuple[bool, bool]:
-        """Whether some query, and whether some key, gets its gradient from several calls, which are added up."""
-        queries, seen = _Covered(0, self._groups), _Covered(0, self._groups)
-        found = [False, False]
-        for rows, b, _, _ in self.calls(keys):
-            for i, (covered, run) in enumerate(((queries, slice(b.q_start, b.q_stop)), (seen, slice(b.k_start, b.k_stop)))):
-                found[i] = found[i] or not covered.fresh(rows, run)
-                covered.add(rows, run.start, run.stop)
-            if all(found):
-                break
-        return found[0], found[1]
-
-    @property
-    def _groups(self) -> list[slice]:
-        """The groups of rows that calls are made for."""
-        return [rows for rows, _ in self.masks]
-
-
-class _Covered:
-    """Which places along the tokens have been written, for each group of rows of the batch."""
-
-    def __init__(self, length: int, batch: Sequence[slice]) -> None:
-        self._length = length
-        self._runs: dict[tuple[int, int], list[Run]] = {(rows.start, rows.stop): [] for rows in batch}
-
-    def add(self, rows: slice, start: int, stop: int) -> None:
-        """Mark a run of places as written."""
-        for key in self._keys(rows):
-            self._runs[key] = list(merged([*self._runs[key], (start, stop)]))
-
-    def fresh(self, rows: slice, run: slice) -> bool:
-        """Whether nothing of this run has been written."""
-        return all(b <= run.start or run.stop <= a for a, b in self._runs[rows.start, rows.stop])
-
-    def put(self, target: torch.Tensor, part: torch.Tensor, rows: slice, run: slice) -> None:
-        """Add `part` where something has been written, and write it elsewhere."""
-        for a, b, written in self._pieces(rows, run):
-            place, piece = target[rows, a:b], part[:, a - run.start : b - run.start]
-            if written:
-                place.add_(piece)
-            else:
-                place.copy_(piece)
-
-    def gaps(self) -> Iterator[tuple[slice, slice]]:
-        """(rows, run) of everything that has not been written."""
-        for start, stop in self._runs:
-            for a, b, written in self._pieces(slice(start, stop), slice(0, self._length)):
-                if not written:
-                    yield slice(start, stop), slice(a, b)
-
-    def _pieces(self, rows: slice, run: slice) -> Iterator[tuple[int, int, bool]]:
-        at = run.start
-        for a, b in self._runs[rows.start, rows.stop]:
-            a, b = max(a, run.start), min(b, run.stop)
-            if a >= b:
-                continue
-            if at < a:
-                yield at, a, False
-            yield a, b, True
-            at = b
-        if at < run.stop:
-            yield at, run.stop, False
-
-    def _keys(self, rows: slice) -> list[tuple[int, int]]:
-        return [key for key in self._runs if rows.start <= key[0] and key[1] <= rows.stop]
 
 
 def make_work(kernel: Kernel, rules: Rules, queries: Segment, keys: Segment, q_BTNH: torch.Tensor, cross: bool) -> Work:

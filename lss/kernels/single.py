@@ -52,10 +52,12 @@ class _SingleAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, out, lse, sinks = ctx.saved_tensors
-        summed = ctx.work.summed(ctx.keys)
+        schedule = ctx.work.schedule(ctx.keys, q.shape[1], k.shape[1])
         # what several calls add to is kept in float32; what one call writes needs no other dtype than its own
+        summed = (schedule.dq_summed, schedule.dk_summed, schedule.dk_summed)
         grads = [
-            torch.empty_like(x, dtype=lse.dtype if sums else q.dtype) for x, sums in zip((q, k, v), (*summed, summed[1]), strict=True)
+            torch.empty_like(x, dtype=lse.dtype if sums else q.dtype)
+            for x, sums in zip((q, k, v), summed, strict=True)
         ]
         ctx.work.backward(*grads, dout, q, k, v, out, lse, ctx.keys)
         return *(g.to(q.dtype) for g in grads), sinks_gradient(dout, out, lse, sinks), None, None

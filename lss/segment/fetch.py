@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from lss.segment.blocks import LocalRun, keys_needed
+from lss.segment.blocks import LocalRun, keys_needed, make_blocks
 from lss.segment.mask import Mask, Run, merged
 from lss.segment.order import Segment
 
@@ -85,6 +85,7 @@ class Push:
         lengths: tokens in each rank's buffer.
         length: tokens in this rank's buffer.
         local_len: tokens that this rank holds.
+        firsts: for each rank, how much of its buffer its first call reads; the rest may come while that one computes.
         sums: (start, stop, first, end): tokens [start, stop) are seen by ranks [first, end), which return gradients of
             them; None where they are not neighbours somewhere, or there are too many pieces.
     """
@@ -95,6 +96,7 @@ class Push:
     lengths: tuple[int, ...]
     length: int
     local_len: int
+    firsts: tuple[int, ...]
     sums: tuple[tuple[int, int, int, int], ...] | None
 
 
@@ -110,12 +112,28 @@ def plan_push(queries: Segment, keys: Segment, masks: tuple[Mask, ...]) -> Push:
     sends = tuple(_placed(keys.local_runs, need) for need in needs)
     held = (_placed(keys.peer(rank).local_runs, needs[keys.rank]) for rank in range(keys.cp))
     returns = tuple(tuple((at, a, b) for a, b, at in pieces) for pieces in held)
+    runs = tuple(_buffer_runs(need) for need in needs)
+    lengths = tuple(sum(stop - start for start, stop in need) for need in needs)
+    firsts = tuple(
+        _first_reach(peer.local_runs, held, masks) if len(masks) == 1 else length
+        for peer, held, length in zip(peers, runs, lengths, strict=True)
+    )
+    mine = keys.rank
+    return Push(sends, returns, runs[mine], lengths, lengths[mine], keys.local_len, firsts, _sums(sends, keys.local_len))
+
+
+def _buffer_runs(need: tuple[Run, ...]) -> tuple[LocalRun, ...]:
+    """Where the needed tokens lie when they stand behind one another."""
     runs, at = [], 0
-    for start, stop in needs[keys.rank]:
+    for start, stop in need:
         runs.append((at, at + stop - start, start, stop))
         at += stop - start
-    lengths = tuple(sum(stop - start for start, stop in need) for need in needs)
-    return Push(sends, returns, tuple(runs), lengths, at, keys.local_len, _sums(sends, keys.local_len))
+    return tuple(runs)
+
+
+def _first_reach(queries: tuple[LocalRun, ...], keys: tuple[LocalRun, ...], masks: tuple[Mask, ...]) -> int:
+    blocks = make_blocks(queries, keys, masks[0])
+    return blocks[0].k_stop if blocks else 0
 
 
 def _placed(local_runs: tuple[LocalRun, ...], need: tuple[Run, ...]) -> tuple[tuple[int, int, int], ...]:

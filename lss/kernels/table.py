@@ -4,20 +4,21 @@ Every kernel has `forward(q, k, v, causal=, scale=, window=) -> (out, lse)` and 
 causal=, scale=, window=) -> (dq, dk, dv)` on layout (B, T, heads, H), N query heads sharing K key heads (N a multiple
 of K), causal masks and windows aligned bottom-right. `lse` is the log-sum-exp of each query's scores, (B, N, T), float32
 (float64 for float64), -inf for a query that sees no key; backward takes the out and lse of *all* keys a query sees, of
-which this call's may be a part. Kernels in plain torch also take `scores`, what becomes of the scores, and `places`,
+which this call's may be a part. Those that know every rule also take `scores`, what becomes of the scores, and `places`,
 those of the first query and the first key.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
 from lss.config.errors import refuse
-from lss.config.support import lacking
-from lss.kernels import reference, sdpa, tiled
+from lss.config.support import KERNEL_CHOICES, lacking
+from lss.kernels import flex, reference, sdpa, tiled
 from lss.kernels.merge import no_keys_yet
 from lss.kernels.reference import Window
 from lss.kernels.rules import Scores
@@ -108,10 +109,10 @@ KERNELS: dict[str, Kernel] = {
     "sdpa_cpu": Kernel("sdpa_cpu", sdpa.cpu_forward, sdpa.cpu_backward),
     "sdpa_cudnn": Kernel("sdpa_cudnn", sdpa.cudnn_forward, sdpa.cudnn_backward),
     "sdpa_flash": Kernel("sdpa_flash", sdpa.flash_forward, sdpa.flash_backward),
+    "flex": Kernel("flex", flex.forward, flex.backward),
     "tiled": Kernel("tiled", tiled.forward, tiled.backward),
     "reference": Kernel("reference", reference.forward, reference.backward),
 }
-KERNEL_CHOICES = ("auto", "sdpa", *KERNELS)
 
 
 def _why_not(name: str, q: torch.Tensor, features: Collection[str]) -> str | None:
@@ -129,6 +130,15 @@ def _why_not(name: str, q: torch.Tensor, features: Collection[str]) -> str | Non
             return f"it takes head sizes that are multiples of 8 up to {largest}, not {H}"
         if name == "sdpa_cudnn" and torch.cuda.get_device_capability(q.device) < (9, 0):
             return "it is used from compute capability 9.0 on, where it is the faster one"
+    if name == "flex":
+        if q.device.type != "cuda":
+            return "it runs on CUDA only"
+        if q.dtype == torch.float64:
+            return "it takes float32, float16 and bfloat16, not float64"
+        if not 16 <= H <= 256:
+            return f"it takes head sizes of 16 to 256, not {H}"
+        if torch.cuda.get_device_capability(q.device) < (8, 0) or find_spec("triton") is None:
+            return "it needs compute capability 8.0, and Triton"
     return lacking(name, features)
 
 

@@ -38,10 +38,11 @@ ON = {
     "sdpa_cpu": ({"kernel": "sdpa_cpu"}, "kernel='sdpa_cpu'"),
     "sdpa_cudnn": ({"kernel": "sdpa_cudnn"}, "kernel='sdpa_cudnn'"),
     "sdpa_flash": ({"kernel": "sdpa_flash"}, "kernel='sdpa_flash'"),
+    "flex": ({"kernel": "flex"}, "kernel='flex'"),
     "tiled": ({"kernel": "tiled"}, "kernel='tiled'"),
     "reference": ({"kernel": "reference"}, "kernel='reference'"),
 }  # fmt: skip
-CUDA = {"sdpa_cudnn", "sdpa_flash"}
+CUDA = {"sdpa_cudnn", "sdpa_flash", "flex"}
 
 
 def both_on(a, b):

@@ -131,7 +131,7 @@ def _blocks_of(seen: torch.Tensor) -> torch.Tensor:
 
 
 def _mask_of(view: _View, mask_mod: MaskMod | None) -> MaskMod:
-    """The mask as FlexAttention calls it, with numbers of rows, heads, queries and keys that count from this call's first."""
+    """The mask as FlexAttention calls it: its numbers of rows, heads, queries and keys count from this call's first."""
     low, high = (scalar(bound, view.device, torch.int32) for bound in (view.low, view.high))
 
     def in_band(row, head, i, j):
@@ -175,6 +175,10 @@ class _Same:
         return id(self.thing)
 
 
+# modules whose functions compute from their arguments alone
+_STATELESS = ("torch", "math", "builtins", "operator")
+
+
 class _Unknown(Exception):
     """A value that a mask_mod reads could change without a trace."""
 
@@ -203,7 +207,7 @@ def _state(value: Any, depth: int) -> Hashable:
     if isinstance(value, FunctionType):
         return _state_of_function(value, depth - 1)
     name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or ""
-    if isinstance(value, ModuleType | BuiltinFunctionType) and name.split(".")[0] in ("torch", "math", "builtins", "operator"):
+    if isinstance(value, ModuleType | BuiltinFunctionType) and name.split(".")[0] in _STATELESS:
         return _Same(value)
     raise _Unknown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def on_cuda(scores):
 
 
 def both(q, k, v, dout, scores, how, edges=None):
-    """(out, lse, dq, dk, dv) of flex on CUDA, by parts of the keys where edges are given, and of the reference in float64."""
+    """(out, lse, dq, dk, dv) of flex, by parts of the keys where edges are given, and of the reference in float64."""
     doubles = [x.double() for x in (q, k, v, dout)]
     how = how | {"scale": q.shape[-1] ** -0.5}
     places = (k.shape[1] - q.shape[1] + 7, 7)
@@ -52,7 +53,7 @@ def both(q, k, v, dout, scores, how, edges=None):
     if edges is None:
         out, lse = flex.forward(q, k, v, **whole)
         return (out, lse, *flex.backward(dout, q, k, v, out, lse, **whole)), true
-    parts = [(slice(a, b), whole | {"places": (places[0], 7 + a)}) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [(slice(a, b), whole | {"places": (places[0], 7 + a)}) for a, b in pairwise(edges)]
     out, lse = torch.zeros_like(q), torch.full_like(lse, float("-inf"), dtype=torch.float32)
     for at, rules in parts:
         out, lse = merge(out, lse, *flex.forward(q, k[:, at], v[:, at], **rules))
@@ -73,15 +74,15 @@ def hold(found, true, bound):
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("Tq, Tk", [(256, 256), (200, 333), (511, 1024)])
-@pytest.mark.parametrize("H, N, K, dtype", [(64, 8, 2, torch.bfloat16), (128, 8, 8, torch.bfloat16), (64, 8, 1, torch.float16),
-                                            (64, 8, 2, torch.float32)])  # fmt: skip
+@pytest.mark.parametrize("H, N, K, dtype", [(64, 8, 2, torch.bfloat16), (128, 8, 8, torch.bfloat16),
+                                            (64, 8, 1, torch.float16), (64, 8, 2, torch.float32)])  # fmt: skip
 def test_every_rule_is_as_near_as_its_dtype_allows(rules, how, Tq, Tk, H, N, K, dtype):
     q, k, v, dout = (x.cuda() for x in inputs(Tq, Tk, N=N, K=K, H=H, dtype=dtype))
     hold(*both(q, k, v, dout, RULES[rules], how), BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("H, dtype", [(16, torch.bfloat16), (80, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32),
-                                      (256, torch.float32)])  # fmt: skip
+@pytest.mark.parametrize("H, dtype", [(16, torch.bfloat16), (80, torch.bfloat16), (256, torch.bfloat16),
+                                      (128, torch.float32), (256, torch.float32)])  # fmt: skip
 def test_other_head_sizes(H, dtype):
     q, k, v, dout = (x.cuda() for x in inputs(200, 333, N=8, K=2, H=H, dtype=dtype))
     hold(*both(q, k, v, dout, RULES["all"], {"causal": True}), BOUNDS[dtype])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def _forget_compiled():
 
 def test_the_table_of_kernels_is_the_table_of_settings():
     assert tuple(KERNELS) == tuple(name for name, feature in FEATURES.items() if feature.group == "kernel")
-    assert KERNEL_CHOICES == ("auto", "sdpa", *KERNELS)
+    assert ("auto", "sdpa", *KERNELS) == KERNEL_CHOICES
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -176,7 +177,7 @@ def test_gradients_from_the_global_out_and_lse(rules, causal, edges):
     true = reference.backward(dout, q, k, v, out, lse, **whole)
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     merged = None
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         # the part's queries: all, or causal those from its first key on; up to its last key they are a triangle
         runs = [(0, 40, False)] if not causal else [(max(0, a - 30), max(0, b - 30), True), (max(0, b - 30), 40, False)]
         for c, d, triangle in runs:

@@ -108,10 +108,10 @@ def score_mod(scores: Scores | None, q_BTNH: torch.Tensor, places: tuple[int, in
     def capped(score, row, head, i, j):
         return cap * torch.tanh(score / cap)
 
-    cap = scalar(scores.softcap, device, dtype)
+    cap = scalar("softcap", scores.softcap, device, dtype)
     if scores.slopes is None:
         return capped
-    slopes, apart = scores.slopes.detach().to(device, dtype), scalar(places[0] - places[1], device, torch.int32)
+    slopes, apart = scores.slopes.detach().to(device, dtype), scalar("apart", places[0] - places[1], device, torch.int32)
 
     def sloped(score, row, head, i, j):
         return score - slopes[head] * (i - j + apart).abs()

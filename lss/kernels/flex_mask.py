@@ -73,8 +73,12 @@ def block_mask(
 
 
 @lru_cache(maxsize=4096)
-def scalar(value: int | float, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A number as a tensor: what compiled code reads from one may change without compiling again."""
+def scalar(role: str, value: int | float, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A number as a tensor: what compiled code reads from one may change without compiling again.
+
+    Numbers of different roles are different tensors even where they are equal, since torch.compile guards which of its
+    tensors are one and the same, and would compile again (torch 2.13: fail, where one of them is then missing).
+    """
     return torch.full((), value, dtype=dtype, device=device)
 
 
@@ -132,7 +136,7 @@ def _blocks_of(seen: torch.Tensor) -> torch.Tensor:
 
 def _mask_of(view: _View, mask_mod: MaskMod | None) -> MaskMod:
     """The mask as FlexAttention calls it: its numbers of rows, heads, queries and keys count from this call's first."""
-    low, high = (scalar(bound, view.device, torch.int32) for bound in (view.low, view.high))
+    low, high = (scalar(role, getattr(view, role), view.device, torch.int32) for role in ("low", "high"))
 
     def in_band(row, head, i, j):
         return (j - i >= low) & (j - i <= high)
@@ -140,8 +144,8 @@ def _mask_of(view: _View, mask_mod: MaskMod | None) -> MaskMod:
     if mask_mod is None:
         return in_band
     # int64, as in the plain kernels, since a mask_mod may do arithmetic of its own
-    numbers = (view.first_row, view.first_head, view.q_place, view.k_place)
-    first_row, first_head, q_place, k_place = (scalar(n, view.device, torch.int64) for n in numbers)
+    roles = ("first_row", "first_head", "q_place", "k_place")
+    first_row, first_head, q_place, k_place = (scalar(r, getattr(view, r), view.device, torch.int64) for r in roles)
 
     def of_places(row, head, i, j):
         return in_band(row, head, i, j) & mask_mod(row + first_row, head + first_head, i + q_place, j + k_place)

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lss.config.support import FEATURES
 from lss.kernels import KERNEL_CHOICES, KERNELS, Scores, flex, reference
@@ -208,3 +209,27 @@ def test_a_sink_takes_its_share_of_the_gradients_too():
     attend = partial(plain_attention, causal=True, scale=0.5, scores=None, places=(0, 0))
     for found, expected in zip(flex.gradients(attend, dout, q, k, v, out, with_sink), true, strict=True):
         assert (found - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_lengths_places_and_values_compile_nothing_more(monkeypatch):
+    """What torch.compile guards: after a few shapes of each kind, others and equal numbers in other roles are served."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(flex, "flex_attention", torch.compile(flex.flex_attention, fullgraph=True, backend=counter))
+    kinds = {
+        "softcap": lambda n: Scores(softcap=2.0 + n),
+        "all": lambda n: Scores(softcap=3.0, slopes=SLOPES / (1 + n), mask_mod=of_documents(torch.arange(2048) // (99 + n)),
+                                first_head=n),
+        "mask_mod": lambda n: Scores(mask_mod=by_everything, first_row=n),
+        "none": lambda n: None,
+    }  # fmt: skip
+    shapes = [(256, 256), (300, 700), (130, 513), (64, 100), (60, 60)]
+    shapes += [(257, 400), (350, 350), (70, 101), (31, 77), (600, 601)]
+    for kind, scores_of in kinds.items():
+        counts = []
+        for n, (Tq, Tk) in enumerate(shapes):
+            q, k, v, _ = inputs(Tq, Tk, H=16, dtype=torch.float32)
+            how = {"causal": True, "scale": 0.3, "scores": scores_of(n % 3), "places": (Tk - Tq + n // 2, n // 2)}
+            out, true = (kernel.forward(q, k, v, **how)[0] for kernel in (flex, reference))
+            assert (out - true).norm() <= 2e-5 * true.norm()
+            counts.append(counter.frame_count)
+        assert counts[4] == counts[-1], (kind, counts)

@@ -125,6 +125,7 @@ class Config:
             "sinks": (model.sinks, "model.sinks", model.sinks),
             "dropout_p": (model.attention_dropout > 0, "model.attention_dropout", model.attention_dropout),
             "cross-attention": (model.kind == "encoder_decoder", "model.kind", model.kind),
+            parallel.kernel: (parallel.kernel not in ("auto", "sdpa"), "parallel.kernel", parallel.kernel),
             "head_chunks": (parallel.head_chunks not in ("auto", 1), "parallel.head_chunks", parallel.head_chunks),
         }
         active |= {name: f"{key}={show(value)}" for name, (on, key, value) in switched.items() if on}

@@ -8,6 +8,7 @@ from typing import Any
 
 from lss.config.errors import refuse
 from lss.config.presets import PRESETS
+from lss.config.support import KERNEL_CHOICES
 
 # Larger whole numbers are typing errors, and overflow in tensors and files.
 LARGEST = 2**40
@@ -155,7 +156,8 @@ class ParallelConfig:
     head_chunks: int | str = _key("auto", int, "groups of key heads gathered one after another", low=1, choices=("auto",))
     regather: bool = _key(True, bool, "backward gathers keys and values again instead of keeping them")
     fsdp: bool = _key(False, bool, "shard parameters over the ranks", later=(True,))
-    kernel: str = _key("auto", str, "attention on one device", choices=("auto", "reference", "sdpa", "tiled"))
+    kernel: str = _key("auto", str, "attention on one device; sdpa: the fastest of torch's fused ones",
+                       choices=KERNEL_CHOICES)  # fmt: skip
 
 
 @dataclass(frozen=True)

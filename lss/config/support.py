@@ -46,9 +46,12 @@ FEATURES: dict[str, Feature] = {
     "flash4": Feature("kernel", "`kernel=\"flash4\"`, flash-attn-4's on CUDA"),
     "sdpa_cudnn": Feature("kernel", "`kernel=\"sdpa_cudnn\"`, cuDNN's"),
     "sdpa_flash": Feature("kernel", "`kernel=\"sdpa_flash\"`, torch's on CUDA"),
+    "flex": Feature("kernel", "`kernel=\"flex\"`, torch's FlexAttention on CUDA"),
     "tiled": Feature("kernel", "`kernel=\"tiled\"`, plain torch by tiles"),
     "reference": Feature("kernel", "`kernel=\"reference\"`, plain torch"),
 }
+# the choices of `kernel`, everywhere; the kernels themselves are in `lss.kernels.table`, in this order
+KERNEL_CHOICES = ("auto", "sdpa", *(name for name, feature in FEATURES.items() if feature.group == "kernel"))
 _FUSED = ("sdpa_cpu", "sdpa_cudnn", "sdpa_flash")
 _KERNEL = "torch's fused kernels do not compute it; use kernel 'auto' or 'tiled'"
 _FLASH4 = "flash-attn-4 is not asked to compute it here; use kernel 'auto' or 'tiled'"
@@ -67,6 +70,7 @@ def _pair(a: str, b: str) -> frozenset[str]:
 REFUSED: dict[frozenset[str], str] = {
     **{_pair(k, f): _KERNEL for k in _FUSED for f in ("softcap", "alibi_slopes", "mask_mod", "dropout_p")},
     **{_pair("flash4", f): _FLASH4 for f in ("alibi_slopes", "mask_mod", "dropout_p")},
+    _pair("flex", "dropout_p"): "FlexAttention changes scores, and drops nothing out of P; use kernel 'auto' or 'tiled'",
     _pair("sdpa_cudnn", "window"): "cuDNN has no sliding windows; use kernel 'auto'",
     **{_pair("cross-attention", f): _PLACES for f in ("causal", "window", "prefix", "alibi_slopes")},
     **{_pair("cross-attention", s): _WHOLE for s in ("ring", "ulysses", "tp")},

@@ -11,13 +11,14 @@ first query and the first key; and some write their results `into` tensors that 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
 from lss.config.errors import refuse
-from lss.config.support import lacking
-from lss.kernels import flash4, reference, sdpa, tiled
+from lss.config.support import KERNEL_CHOICES, lacking
+from lss.kernels import flash4, flex, reference, sdpa, tiled
 from lss.kernels.merge import no_keys_yet
 from lss.kernels.reference import Window
 from lss.kernels.rules import Scores
@@ -147,10 +148,10 @@ KERNELS: dict[str, Kernel] = {
     "flash4": Kernel("flash4", flash4.forward, flash4.backward, in_place=True),
     "sdpa_cudnn": Kernel("sdpa_cudnn", sdpa.cudnn_forward, sdpa.cudnn_backward),
     "sdpa_flash": Kernel("sdpa_flash", sdpa.flash_forward, sdpa.flash_backward),
+    "flex": Kernel("flex", flex.forward, flex.backward),
     "tiled": Kernel("tiled", tiled.forward, tiled.backward),
     "reference": Kernel("reference", reference.forward, reference.backward),
 }
-KERNEL_CHOICES = ("auto", "sdpa", *KERNELS)
 
 
 _CUDA = ("flash4", "sdpa_cudnn", "sdpa_flash")
@@ -173,6 +174,15 @@ def _why_not(name: str, q: torch.Tensor, features: Collection[str]) -> str | Non
             return "it is used from compute capability 9.0 on, where it is the faster one"
         if name == "flash4" and flash4.installed() is None:
             return "flash-attn-4 is not installed; pip install 'lss-transformer[flash]'"
+    if name == "flex":
+        if q.device.type != "cuda":
+            return "it runs on CUDA only"
+        if q.dtype == torch.float64:
+            return "it takes float32, float16 and bfloat16, not float64"
+        if not 16 <= H <= 256:
+            return f"it takes head sizes of 16 to 256, not {H}"
+        if torch.cuda.get_device_capability(q.device) < (8, 0) or find_spec("triton") is None:
+            return "it needs compute capability 8.0, and Triton"
     return lacking(name, features)
 
 

@@ -39,10 +39,11 @@ ON = {
     "flash4": ({"kernel": "flash4"}, "kernel='flash4'"),
     "sdpa_cudnn": ({"kernel": "sdpa_cudnn"}, "kernel='sdpa_cudnn'"),
     "sdpa_flash": ({"kernel": "sdpa_flash"}, "kernel='sdpa_flash'"),
+    "flex": ({"kernel": "flex"}, "kernel='flex'"),
     "tiled": ({"kernel": "tiled"}, "kernel='tiled'"),
     "reference": ({"kernel": "reference"}, "kernel='reference'"),
 }  # fmt: skip
-CUDA = {"flash4", "sdpa_cudnn", "sdpa_flash"}
+CUDA = {"flash4", "sdpa_cudnn", "sdpa_flash", "flex"}
 
 
 def both_on(a, b):

@@ -183,6 +183,27 @@ MUTANTS = (
         "to = (self.rank + 1) % self.size",
         (f"{PARITY}[float32-ring-cp2-dp2]",),
     ),
+    Mutant(
+        "a part's own lse gets no gradient",
+        "lss/kernels/flex.py",
+        "own_dlse = w_BTN * (dout * (",
+        "own_dlse = 0 * w_BTN * (dout * (",
+        ("tests/kernels/test_flex.py",),
+    ),
+    Mutant(
+        "blocks of a mask outlive a change of what it reads",
+        "lss/kernels/flex_mask.py",
+        "return _Same(value), value._version",
+        "return _Same(value), 0",
+        ("tests/kernels/test_flex.py",),
+    ),
+    Mutant(
+        "two runs of queries add to the same keys in one varlen call",
+        "lss/kernels/varlen.py",
+        "block.q_start < last.q_stop or block.k_start < last.k_stop",
+        "block.q_start < last.q_stop",
+        ("tests/kernels/test_varlen.py",),
+    ),
 )
 
 # Of the twelve faults that the suite is to kill, one has no place yet: a stale asynchronous save, since saves are

@@ -39,6 +39,8 @@ def parallelize(
     checkpointing: str | None = None,
     offload: str | None = None,
     kernel: str = "auto",
+    transport: str = "auto",
+    dkv_dtype: str = "auto",
     precut: bool = False,
     packed: bool = False,
 ) -> nn.Module:
@@ -55,7 +57,7 @@ def parallelize(
         model: an `lss.model.Transformer`, on the mesh's device. The first rank's weights are copied to all ranks.
         mesh: from `lss.init_mesh`.
         strategy: "lss", "ring", "ulysses" or "tp" (Megatron tensor + sequence parallelism on the cp axis).
-        order, head_chunks, regather, kernel: as in `lss.attention`.
+        order, head_chunks, regather, kernel, transport, dkv_dtype: as in `lss.attention`.
         checkpointing: None or "none" keeps activations, "full" keeps each block's input and computes it again.
         precut: the model is given segments, (B, T) token ids (and source ids) with `positions`, `shift_labels` and the
             whole sequence's `seq_len` (and `source_len`), instead of whole batches. `cu_seqlens` and masks stay whole.
@@ -75,7 +77,7 @@ def parallelize(
         raise refuse("offload", offload, "offloading is not supported in this version; use None")
     if hasattr(model, "parallel"):
         raise Refused("This model has been parallelized already; make a new one for another layout.")
-    options = AttentionOptions(strategy, head_chunks, regather, kernel)
+    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype)
     layout = Layout(model, mesh, order, options, checkpointing, precut, packed)
     # plain attributes: they hold no parameters, and are no modules
     object.__setattr__(model, "parallel", layout)

@@ -52,6 +52,8 @@ def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) ->
         checkpointing=config.memory.checkpointing,
         offload=config.memory.offload,
         kernel=parallel.kernel,
+        transport=parallel.transport,
+        dkv_dtype=parallel.dkv_dtype,
         precut=True,
         packed=config.data.packing,
     )

@@ -247,7 +247,7 @@ def _others(peers: PeerMemory) -> list[int]:
 def _typed(peers: PeerMemory, name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
     """Each rank's buffer as a tensor of its shape; room for the largest on all of them."""
     counts = [torch.Size(shape).numel() for shape in shapes]
-    buffers = peers.buffer(name, max(counts) * dtype.itemsize)
+    buffers = peers.buffer(name, max(*counts, 1) * dtype.itemsize)
     return [
         buffer[: count * dtype.itemsize].view(dtype).view(shape)
         for buffer, count, shape in zip(buffers, counts, shapes, strict=True)

@@ -11,10 +11,13 @@ import torch
 from lss.kernels.merge import merge
 from lss.kernels.rules import Rules, Scores
 from lss.kernels.table import Kernel
+from lss.kernels.varlen import Wave, plan_waves
 from lss.segment import Block, LocalRun, Mask, Run, Segment, make_blocks
 from lss.segment.mask import merged
 
 
+# From so many blocks on a launch for each costs more than their scores, and they are computed together.
+FEWEST_TOGETHER = 4
 Ready = Callable[[int], None]
 Piece = tuple[int, int, bool]  # (start, stop, whether something stands there already)
 
@@ -40,6 +43,7 @@ class Schedule:
     """The calls of one rank on some keys, forward and backward, and the places that no call writes.
 
     Backward's order: the call that sees most keys first, so that of two prefixes one is written and the other added.
+    `waves` hold the same blocks where there are many, short documents for one, to be computed together.
     """
 
     forward: tuple[Call, ...]
@@ -47,6 +51,7 @@ class Schedule:
     unseeing: tuple[tuple[slice, slice], ...]
     dq_gaps: tuple[tuple[slice, slice], ...]
     dk_gaps: tuple[tuple[slice, slice], ...]
+    waves: tuple[Wave, ...] = ()
 
     @property
     def dq_summed(self) -> bool:
@@ -66,6 +71,7 @@ def _schedule(
     masks: tuple[tuple[int, int, Mask], ...],
     lengths: tuple[int, int],
     placed: bool,
+    varlen: bool,
 ) -> Schedule:
     """Planned once for all layers and steps of one cut: on short sequences planning would cost more than attention."""
     forward, groups = [], [slice(start, stop) for start, stop, _ in masks]
@@ -84,7 +90,10 @@ def _schedule(
         backward.append(replace(call, dq=written[0], dk=written[1]))
         dq.add(call.rows, b.q_start, b.q_stop)
         dk.add(call.rows, b.k_start, b.k_stop)
-    return Schedule(tuple(forward), tuple(backward), answered.gaps(), dq.gaps(), dk.gaps())
+    one_row = len(masks) == 1 and masks[0][1] - masks[0][0] == 1 and not masks[0][2].merging
+    together = varlen and one_row and len(forward) >= FEWEST_TOGETHER
+    waves = plan_waves(tuple(call.block for call in forward)) if together else ()
+    return Schedule(tuple(forward), tuple(backward), answered.gaps(), dq.gaps(), dk.gaps(), waves)
 
 
 class _Covered:
@@ -156,7 +165,8 @@ class Work:
     def schedule(self, keys: Sequence[LocalRun], T: int = 0, S: int = 0) -> Schedule:
         """All calls on these runs of keys; T and S are the lengths that gaps are told of."""
         masks = tuple((rows.start, rows.stop, mask) for rows, mask in self.masks)
-        return _schedule(self.queries, tuple(keys), masks, (T, S), self.scores is not None)
+        varlen = self.kernel.varlen is not None and self.scores is None
+        return _schedule(self.queries, tuple(keys), masks, (T, S), self.scores is not None, varlen)
 
     def _how(self, call: Call) -> dict:
         block = call.block
@@ -185,6 +195,9 @@ class Work:
         for rows, t in () if merging else schedule.unseeing:
             out_BTNH[rows, t].zero_()
             lse_BNT[rows, :, t].fill_(float("-inf"))
+        if schedule.waves and not merging and out_BTNH.dtype == q_BTNH.dtype:
+            self._forward_waves(schedule, (out_BTNH, lse_BNT, q_BTNH, k_BSKH, v_BSKH), ready)
+            return
         for call in schedule.forward:
             rows, b = call.rows, call.block
             t, s = slice(b.q_start, b.q_stop), slice(b.k_start, b.k_stop)
@@ -219,6 +232,10 @@ class Work:
         out and lse are those of all keys that a query sees. What several calls give is summed in the dtype of its place.
         """
         schedule = self.schedule(keys, q_BTNH.shape[1], k_BSKH.shape[1])
+        if schedule.waves:
+            grads, given = (dq_BTNH, dk_BSKH, dv_BSKH), (dout_BTNH, q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT)
+            self._backward_waves(schedule, grads, given, add_dq, ready)
+            return
         for call in schedule.backward:
             rows, b = call.rows, call.block
             t, s = slice(b.q_start, b.q_stop), slice(b.k_start, b.k_stop)
@@ -244,6 +261,34 @@ class Work:
         for rows, s in schedule.dk_gaps:
             dk_BSKH[rows, s].zero_()
             dv_BSKH[rows, s].zero_()
+
+
+    # -- many blocks in one call ---------------------------------------------------------------------------------------
+
+    def _forward_waves(self, schedule: Schedule, tensors: tuple[torch.Tensor, ...], ready: Ready | None) -> None:
+        """As the calls of `schedule.forward` one by one."""
+        assert self.kernel.varlen is not None
+        for wave in schedule.waves:
+            if ready is not None:
+                ready(wave.k_runs[-1][1])
+            self.kernel.varlen.forward(*(x[0] for x in tensors), wave, self.scale)
+
+    def _backward_waves(
+        self,
+        schedule: Schedule,
+        grads: tuple[torch.Tensor, ...],
+        given: tuple[torch.Tensor, ...],
+        add_dq: bool,
+        ready: Ready | None,
+    ) -> None:
+        """As the calls of `schedule.backward` one by one, but that all are added to zeros."""
+        assert self.kernel.varlen is not None
+        for grad in grads[add_dq:]:
+            grad.zero_()
+        for wave in schedule.waves:
+            if ready is not None:
+                ready(wave.k_runs[-1][1])
+            self.kernel.varlen.backward(*(x[0] for x in (*grads, *given)), wave, self.scale)
 
 
 def make_work(kernel: Kernel, rules: Rules, queries: Segment, keys: Segment, q_BTNH: torch.Tensor, cross: bool) -> Work:

@@ -18,22 +18,24 @@ import torch
 
 from lss.config.errors import refuse
 from lss.config.support import KERNEL_CHOICES, lacking
-from lss.kernels import flash4, flex, reference, sdpa, tiled
+from lss.kernels import flash4, flex, reference, sdpa, tiled, varlen
 from lss.kernels.merge import no_keys_yet
 from lss.kernels.reference import Window
 from lss.kernels.rules import Scores
+from lss.kernels.varlen import Varlen
 
 Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Places = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class Kernel(NamedTuple):
-    """One attention kernel: its name, its two functions, and whether they take `into`."""
+    """One attention kernel: its name, its two functions, whether they take `into`, and its form for many blocks."""
 
     name: str
     run: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     grad: Callable[..., Grads]
     in_place: bool = False
+    varlen: Varlen | None = None
 
     def forward(
         self,
@@ -142,15 +144,18 @@ def _blind_queries(q: torch.Tensor, k: torch.Tensor, causal: bool) -> int:
     return max(q.shape[1] - k.shape[1], 0) if causal else 0
 
 
-# The one table. "auto" takes the first that fits, in this order.
+# The one table. "auto" takes the first that fits, in this order. cuDNN's operator has no form for many blocks, and its
+# results are those of torch's flash operator, whose form serves both.
+_FLASH_VARLEN = Varlen(varlen.flash_forward, varlen.flash_backward)
+_FLASH4_VARLEN = Varlen(varlen.flash4_forward, varlen.flash4_backward)
 KERNELS: dict[str, Kernel] = {
     "sdpa_cpu": Kernel("sdpa_cpu", sdpa.cpu_forward, sdpa.cpu_backward),
-    "flash4": Kernel("flash4", flash4.forward, flash4.backward, in_place=True),
-    "sdpa_cudnn": Kernel("sdpa_cudnn", sdpa.cudnn_forward, sdpa.cudnn_backward),
-    "sdpa_flash": Kernel("sdpa_flash", sdpa.flash_forward, sdpa.flash_backward),
+    "flash4": Kernel("flash4", flash4.forward, flash4.backward, in_place=True, varlen=_FLASH4_VARLEN),
+    "sdpa_cudnn": Kernel("sdpa_cudnn", sdpa.cudnn_forward, sdpa.cudnn_backward, varlen=_FLASH_VARLEN),
+    "sdpa_flash": Kernel("sdpa_flash", sdpa.flash_forward, sdpa.flash_backward, varlen=_FLASH_VARLEN),
     "flex": Kernel("flex", flex.forward, flex.backward),
     "tiled": Kernel("tiled", tiled.forward, tiled.backward),
-    "reference": Kernel("reference", reference.forward, reference.backward),
+    "reference": Kernel("reference", reference.forward, reference.backward, varlen=varlen.plain(reference)),
 }
 
 

@@ -39,6 +39,7 @@ class Truth:
     dv: torch.Tensor | None
 
 
+@torch.no_grad()
 def exact(q, k, v, dout, *, keys_too: bool) -> Truth:
     """Compute the truth for whole tensors q, dout (B, S, N, H) and k, v (B, S, K, H), the same on every rank.
 

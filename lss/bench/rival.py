@@ -27,7 +27,7 @@ order, so an adapter may open process groups of its own. What an adapter raises 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -50,9 +50,16 @@ class Rival:
     missing: str | None = None
 
     def entries(self, kind: str, group: Any, rank: int, world: int) -> list[tuple]:
-        """What the adapter offers of a kind, "attention" or "train"; empty where it offers nothing of it."""
-        make: Callable[..., list[tuple]] | None = getattr(self.module, kind, None)
-        return [] if make is None else list(make(group, rank, world))
+        """What the adapter offers of a kind, "attention" or "train".
+
+        Raises:
+            ValueError: an entry is not one of the protocol.
+        """
+        make: Callable[..., list[tuple]] = getattr(self.module, kind)
+        entries = [tuple(entry) for entry in make(group, rank, world)]
+        for entry in entries:
+            _check_entry(entry, 3 if kind == "attention" else 2)
+        return entries
 
     def offers(self, kind: str) -> bool:
         """Whether it has anything of this kind; an adapter that cannot be loaded may have."""
@@ -95,12 +102,7 @@ def places_of(order: str, seq_len: int, world: int, rank: int) -> torch.Tensor:
     return make_segment(seq_len, cp=world, rank=rank, order=order).positions
 
 
-def check_entry(entry: Sequence[Any], length: int) -> None:
-    """Hold an entry to the protocol: so many parts, the last callable, an order that there is.
-
-    Raises:
-        ValueError: saying what is wrong with it.
-    """
+def _check_entry(entry: tuple, length: int) -> None:
     if len(entry) != length or not callable(entry[-1]):
         raise ValueError(f"the adapter's entry {entry!r} is not one of the protocol in lss/bench/rival.py")
     if length == 3 and entry[1] not in ORDERS:

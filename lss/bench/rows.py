@@ -63,9 +63,7 @@ class Results:
         rows = read_rows([path]) if path is not None and path.exists() else []
         self._done = {identity(row) for row in rows if row["status"] == "ok" or not retry}
         self._mark = None if path is None else path.with_name(f"{path.name}.running")
-        self.killed_by: str | None = None
-        if self._mark is not None and self._mark.exists():
-            self.killed_by = self._mark.read_text()
+        self._killed_by = self._mark.read_text() if self._mark is not None and self._mark.exists() else None
         if path is not None and writes:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +74,10 @@ class Results:
     def done(self, row: Row) -> bool:
         """Whether a row of this identity is there."""
         return identity(row) in self._done
+
+    def killed(self, row: Row) -> bool:
+        """Whether the last run ended in this one's first step, without coming back from it."""
+        return identity(row) == self._killed_by
 
     def begin(self, row: Row) -> None:
         """Note what is about to take its first step."""

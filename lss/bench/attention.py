@@ -348,20 +348,21 @@ class Cell:
         return [run.row | self._measured(run, ideal) for run in self.runs if run.row is not None]
 
     def _measured(self, run: Run, ideal: float | None) -> Row:
-        known: Row = {"status": run.status, "ideal_ms": None if ideal is None else round(ideal, 4)}
+        cut = run.candidate.order != "whole"
+        known: Row = {"status": run.status, "ideal_ms": round(ideal, 4) if ideal is not None and cut else None}
         if run.errors:
             known["error"] = float(f"{max(run.errors.values(), key=lambda e: (e != e, e)):.3e}")
         if not run.ok:
             return known
         heads, ms = self.heads, statistics.median(run.times)
-        ranks = 1 if run.candidate.order == "whole" else self.clock.comm.size
+        ranks = self.clock.comm.size if cut else 1
         unit = 2.0 * self.plan.batch * heads.N * heads.H * self.tokens**2  # causal forward
         per_second = unit / (1e-3 * ms) / ranks
         peak = peak_flops(self.facts["gpu"]) if self.plan.dtype in ("bfloat16", "float16") else None
         alone = statistics.median(run.local_times) if run.local_times else None
         return known | run.found | {
             "ms": round(ms, 4), "spread": round(spread_of(run.times), 4), "rounds": len(run.times),
-            "no_comm_ms": None if alone is None else round(alone, 4), "tflops": round(3.5 * per_second / 1e12, 3),
+            "no_comm_ms": None if alone is None else round(alone, 4), "tflops": float(f"{3.5 * per_second / 1e12:.4g}"),
             "tokens_per_s": round(1e3 * self.plan.batch * self.tokens / ms, 1),
             "mfu": round(3.0 * per_second / peak, 4) if peak else None,
         }  # fmt: skip

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,7 +69,7 @@ class Clock:
         parts = [told[at : at + _REASON_BYTES].decode(errors="replace").strip() for at in range(0, len(told), _REASON_BYTES)]
         return next(part for part in parts if part)
 
-    def attempt(self, action: Callable[[], object]) -> tuple[object, str | None]:
+    def attempt(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
         """(result, None) where the action came back on every rank, else (None, why not)."""
         result, failure = None, None
         try:
@@ -87,9 +88,9 @@ class Clock:
         return None, agreed
 
     def tidy(self) -> None:
-        """Give memory back that a failed or finished candidate may have left."""
-        gc.collect()
+        """Give memory back that a failed or finished candidate may have left on a GPU."""
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def time(self, step: Callable[[], object]) -> tuple[float, object]:

@@ -1,7 +1,8 @@
 """Time, memory and bytes of attention and of training steps, ours and rivals', checked in the run that times them."""
 
-from lss.bench.attention import AttentionPlan, Heads, bench_attention
+from lss.bench.attention import bench_attention
 from lss.bench.candidates import parse_options
+from lss.bench.plan import AttentionPlan, Heads
 from lss.bench.rival import Rival, load_rivals
 from lss.bench.rows import Results, read_rows
 from lss.bench.timing import Clock

@@ -146,11 +146,11 @@ def our_candidates(
             for order in orders:
                 own = {key: value for key, value in extra.items() if key not in ("strategy", "kernel")}
                 chosen_options = AttentionOptions(**{"strategy": strategy, "kernel": name, **own})
-                how = {"options": chosen_options, "order": order, "comm": comm}
+                ours = partial(_prepare_ours, options=chosen_options, order=order, comm=comm)
+                local = partial(_prepare_local, options=chosen_options, order=order, comm=comm)
                 alone = strategy == "lss" and comm.size > 1
                 candidate = Candidate(
-                    strategy, name, order, partial(_prepare_ours, **how), options=own, missing=missing,
-                    without_comm=partial(_prepare_local, **how) if alone else None,
+                    strategy, name, order, ours, options=own, missing=missing, without_comm=local if alone else None,
                 )  # fmt: skip
                 found.setdefault(candidate.name, candidate)
     return list(found.values())
@@ -184,7 +184,8 @@ def _prepare_local(inputs: Inputs, *, options: AttentionOptions, order: str, com
     the one place that repeats what `lss.context_parallel.lss` does between its collectives.
     """
     segment = _segment(inputs, order, comm)
-    q, dout, whole = inputs.q_BTNH.detach(), inputs.dout_BTNH, segment.alone()
+    q, k, v, dout = (x.detach() for x in (inputs.q_BTNH, inputs.k_BSKH, inputs.v_BSKH, inputs.dout_BTNH))
+    whole = segment.alone()
     work = make_work(pick_kernel(options.kernel, q), Rules(causal=True), segment, segment, q, False)
     chunks = count_head_chunks(options.head_chunks, options.strategy, inputs.k_BTKH, comm.size)
     groups = head_groups(q.shape[2], inputs.k_BTKH.shape[2], chunks)
@@ -193,14 +194,13 @@ def _prepare_local(inputs: Inputs, *, options: AttentionOptions, order: str, com
         out, lse = torch.zeros_like(q), no_keys_yet(q)
         dq = torch.zeros_like(q, dtype=lse.dtype)
         for heads, key_heads in groups:
-            keys, values = inputs.k_BSKH[:, :, key_heads], inputs.v_BSKH[:, :, key_heads]
+            keys, values = k[:, :, key_heads], v[:, :, key_heads]
             work.of_heads(heads).forward(out[:, :, heads], lse[:, heads], q[:, :, heads], keys, values, whole.local_runs)
         for heads, key_heads in groups:
-            keys, values = inputs.k_BSKH[:, :, key_heads], inputs.v_BSKH[:, :, key_heads]
+            keys, values = k[:, :, key_heads], v[:, :, key_heads]
             dk, dv = split_kv(new_dkv(keys, whole.seq_len))
-            some = (x[:, :, heads] for x in (dout, q))
-            work.of_heads(heads).backward(dq[:, :, heads], dk, dv, *some, keys, values, out[:, :, heads], lse[:, heads],
-                                          whole.local_runs)  # fmt: skip
+            dqs, douts, queries, outs = (x[:, :, heads] for x in (dq, dout, q, out))
+            work.of_heads(heads).backward(dqs, dk, dv, douts, queries, keys, values, outs, lse[:, heads], whole.local_runs)
         return out, dq.to(q.dtype), dk, dv
 
     return step

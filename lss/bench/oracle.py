@@ -51,7 +51,7 @@ def exact(q, k, v, dout, *, keys_too: bool) -> Truth:
     if not keys_too:
         return Truth(queries, out, dq, keys, None, None, None)
     heads = _affordable_heads(S, q.shape[2] // k.shape[2], k.shape[2], device)
-    parts = [_columns(*_head(q, k, v, dout, head), keys) for head in heads]
+    parts = [_columns(_head(q, k, v, dout, head), keys) for head in heads]
     dk, dv = (torch.stack([part[i] for part in parts], dim=2) for i in range(2))
     return Truth(queries, out, dq, keys, heads, dk, dv)
 
@@ -105,8 +105,9 @@ def _rows(q, k, v, dout, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return torch.cat(outs, dim=2), torch.cat(dqs, dim=2)
 
 
-def _columns(q, k, v, dout, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _columns(head: tuple[torch.Tensor, ...], places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """dk and dv (B, M, H) of one key head at these places, by tiles of queries."""
+    q, k, v, dout = head
     B, share, S, H = q.shape
     budget = _TILE_BYTES if q.device.type == "cuda" else _TILE_BYTES >> 4
     rows = max(1, budget // (8 * B * share * S))
@@ -153,4 +154,5 @@ def relative_errors(sums: list[float]) -> dict[str, float]:
     """||found - exact|| / max(||exact||, 1e-6 x the norm of all) by tensor; NaN where anything is."""
     floor = 1e-6 * math.sqrt(sum(sums[1::2]))
     pairs = zip(NAMES, sums[::2], sums[1::2], strict=True)
-    return {name: math.sqrt(off) / max(math.sqrt(norm), floor, 1e-300) if off == off else math.nan for name, off, norm in pairs}
+    # no square root of a sum that overflowed or is NaN is a number, and neither passes any bound
+    return {name: math.sqrt(off) / max(math.sqrt(norm), floor, 1e-300) for name, off, norm in pairs}

@@ -81,7 +81,8 @@ def load_rivals(folder: str | None) -> list[Rival]:
 
 def _load(path: Path) -> Rival:
     spec = importlib.util.spec_from_file_location(f"lss_rival_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # an adapter is not ours, and neither is what it raises: it costs its own row and no other
     try:

@@ -123,7 +123,7 @@ def goal_table(rows: Sequence[Row]) -> str:
 
 def train_table(rows: Sequence[Row]) -> str:
     """Whole steps: time, tokens a second, model FLOP utilisation and peak memory."""
-    lines = ["| | model | tokens | ranks | s a step | tokens/s | MFU | peak GiB |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines = ["| | model | tokens | ranks | s a step | tokens/s | MFU | peak GiB |", "|---|---|" + "---:|" * 6]
     for row in sorted(rows, key=lambda row: (str(row["model"]), row["layers"], row["tokens"], _rank(row))):
         what = f"| {label(row)} | {row['model']}, {row['layers']} layers | {row['tokens']:,} | {row['world_size']} |"
         bad = _bad(row)

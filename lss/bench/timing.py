@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from lss.comm import Communicator
 from lss.config.errors import Failed
 
 _REASON_BYTES = 256
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Clock:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def time(self, step: Callable[[], object]) -> tuple[float, object]:
+    def time(self, step: Callable[[], R]) -> tuple[float, R]:
         """Milliseconds of one step on this rank, and its result; CUDA events on a GPU."""
         self.synchronize()
         if self.device.type == "cuda":

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -148,12 +147,13 @@ def _variants(plan: TrainPlan, mesh_of: Callable[[int, int], DeviceMesh], clock:
 
 def _rival_entries(rivals: Sequence[Rival], clock: Clock) -> list[tuple[str, str | None, Callable | None, str | None]]:
     found: list[tuple[str, str | None, Callable | None, str | None]] = []
+    comm = clock.comm
     for rival in rivals:
         if not rival.offers("train"):
             continue
         failure, made = f"failed: {rival.missing}" if rival.missing else None, None
         if failure is None:
-            made, failure = clock.attempt(partial(rival.entries, "train", clock.comm.group, clock.comm.rank, clock.comm.size))
+            made, failure = clock.attempt(partial(rival.entries, "train", comm.group, comm.rank, comm.size))
         if failure is not None:
             found.append((rival.label, None, None, failure.removeprefix("failed: ")))
         found += [(rival.label, variant, step, None) for variant, step in (made if isinstance(made, list) else [])]
@@ -187,7 +187,7 @@ def random_batches(config: Config, rows: range, places: torch.Tensor, device: to
     labels = whole[:, at + 1].masked_fill(beyond, -100).to(device)
     slots = torch.tensor(list(rows), device=device)
     parts = zip(tokens.chunk(accumulate), labels.chunk(accumulate), slots.chunk(accumulate), strict=True)
-    return [Batch(t, l, at.to(device), s, s) for t, l, s in parts]
+    return [Batch(ids, targets, at.to(device), slot, slot) for ids, targets, slot in parts]
 
 
 def _our_step(config: Config, mesh_of: Callable[[int, int], DeviceMesh], device: torch.device) -> Step:
@@ -247,7 +247,7 @@ def _measure(variant: Variant, plan: TrainPlan, clock: Clock, results: Results, 
     results.begin(variant.row)
     cuda, found, times = clock.device.type == "cuda", {}, []
     step, failure = clock.attempt(variant.build)
-    loss, counted = math.nan, None
+    loss, counted = math.nan, (math.nan, 0, 0)
     for _ in range(plan.warm_up):
         if failure is None:
             counted, failure = clock.attempt(partial(_counted, step))  # type: ignore[arg-type]

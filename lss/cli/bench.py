@@ -15,7 +15,7 @@ from lss.config.errors import Refused, refuse
 from lss.mesh import pick_device_type, rank_environment
 
 if TYPE_CHECKING:
-    from lss.bench import AttentionPlan, Clock, Results
+    from lss.bench import AttentionPlan
     from lss.bench.train_step import TrainPlan
 
 # Defaults of `bench attention` by device.
@@ -109,7 +109,8 @@ def _measure(options: argparse.Namespace, plan: Any, command: str) -> int:
     share_cores()
     mesh = init_mesh(cp=world_size())
     try:
-        device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+        cuda = mesh.device_type == "cuda"
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         clock = Clock(Communicator(axis_group(mesh, ("cp",))), device)
         first = mesh.get_rank() == 0
         path = Path(options.out) if options.out else None

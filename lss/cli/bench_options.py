@@ -11,7 +11,7 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 def add_bench(verbs: Any, parser_class: type[argparse.ArgumentParser]) -> None:
     """Add the verb and its actions."""
     bench = verbs.add_parser("bench", help="time attention and training steps, beside rivals",
-                             description="Time what runs on these ranks; every result is held to the truth first.")  # fmt: skip
+                             description="Time what these ranks compute; results are held to the truth first.")  # fmt: skip
     actions = bench.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=parser_class)
 
     attention = actions.add_parser("attention", help="one layer's attention, forward and backward")
@@ -21,11 +21,11 @@ def add_bench(verbs: Any, parser_class: type[argparse.ArgumentParser]) -> None:
     attention.add_argument("--kernels", default="auto", metavar="NAMES", help="default auto; flash4,sdpa_cudnn for one")
     attention.add_argument("--orders", default="head_tail", metavar="NAMES", help="default head_tail")
     attention.add_argument("--options", action="append", default=[], metavar="NAME=VALUE;...",
-                           help='one more variant of lss, "head_chunks=8;regather=false" for one; may be repeated')  # fmt: skip
+                           help='one more variant, "head_chunks=8;regather=false" for one; may be repeated')  # fmt: skip
     attention.add_argument("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)} (default bfloat16; float32)")
     attention.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default 1)")
     attention.add_argument("--seconds", type=float, default=30.0, metavar="T",
-                           help="fewer rounds, but 3, for what would take longer than this in a cell (default 30)")  # fmt: skip
+                           help="fewer rounds, but 3, for what would take longer than this (default 30)")  # fmt: skip
     attention.add_argument("--check-upto", type=int, default=131072, metavar="S",
                            help="tokens up to which dk and dv are held to float64 too (default 131072)")  # fmt: skip
     attention.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default 7)")

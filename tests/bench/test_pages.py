@@ -86,7 +86,8 @@ def test_plots(tmp_path, form):
 def test_the_command_line_measures_on_two_ranks_and_says_what_was_typed(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    typed = ["bench", "attention", "--nproc", "2", "--lengths", "32", "--strategies", "lss", "--repeat", "2", "--out", "r.jsonl"]
+    typed = ["bench", "attention", "--nproc", "2", "--lengths", "32", "--strategies", "lss", "--repeat", "2"]
+    typed += ["--out", "r.jsonl"]
     done = subprocess.run([sys.executable, "-m", "lss", *typed], cwd=tmp_path, env=environment, capture_output=True,
                           text=True, timeout=100, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -94,7 +95,7 @@ def test_the_command_line_measures_on_two_ranks_and_says_what_was_typed(tmp_path
     assert [row["strategy"] for row in rows] == ["one device", "lss"]
     assert {row["command"] for row in rows} == {" ".join(["lss", *typed])}
     assert "rows: r.jsonl" in done.stdout
-    assert (tmp_path / "r-plots" / "time-4-2x16-float32-cpu-x86-64.svg").is_file() or list((tmp_path / "r-plots").iterdir())
+    assert (tmp_path / "r-plots" / "time-4-2x16-float32-cpu-x86-64.svg").is_file() or os.uname().machine != "x86_64"
 
 
 def test_tables_and_plots_from_the_command_line(tmp_path, capsys, monkeypatch):

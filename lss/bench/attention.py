@@ -124,7 +124,7 @@ class Cell:
 
     def first_step(self, run: Run) -> None:
         """Prepare a run, take its first step, hold the results to the truth, and count bytes and memory of a second."""
-        candidate, identity = run.candidate, run.row or self._identity(run.candidate)
+        candidate, identity = run.candidate, self._identity(run.candidate)
         run.status = self._known_failure(candidate, identity) or "ok"
         if not run.ok:
             return
@@ -147,7 +147,7 @@ class Cell:
         if candidate.missing is not None:
             return f"failed: {candidate.missing}"
         if self.results.killed(identity):
-            return "failed: the last run ended in its first step, where a rank hung or died"
+            return "failed: the last two runs ended in one of its steps, where a rank hung or died"
         if candidate.rival is not None and self.tokens % self.clock.comm.size:
             return f"failed: {self.tokens} tokens do not divide over {self.clock.comm.size} ranks"
         return None
@@ -232,6 +232,7 @@ class Cell:
     def _take_turn(self, run: Run, *, last: bool = False) -> None:
         if not run.ok:
             return
+        self.results.begin(self._identity(run.candidate))
         self.clock.barrier()
 
         def turn() -> None:
@@ -247,6 +248,7 @@ class Cell:
         if run.ok and run.local_step is not None:
             self.clock.barrier()
             run.local_times.append(self.clock.time(run.local_step)[0])
+        self.results.end()
 
     def _add_found(self, run: Run) -> None:
         """Bytes and calls of the rank that has most."""

@@ -46,8 +46,9 @@ def full_row(known: Row, facts: Row) -> Row:
 class Results:
     """A JSONL file of rows that is appended to; every rank reads it, the first rank writes.
 
-    Beside it stands FILE.running while a candidate takes its first step: a run that dies there (a rank that hangs in a
-    collective is ended by its library, not by an exception) finds on its next start what killed it, and goes on behind it.
+    Beside it stands FILE.running while a candidate takes a step: a run that dies there (a rank that hangs in a collective
+    is ended by its library, not by an exception) finds on its next start what it died in. What two runs in a row died in
+    is passed over; one may have been stopped from outside.
 
     Args:
         path: the file; None keeps rows nowhere.
@@ -63,7 +64,10 @@ class Results:
         rows = read_rows([path]) if path is not None and path.exists() else []
         self._done = {identity(row) for row in rows if row["status"] == "ok" or not retry}
         self._mark = None if path is None else path.with_name(f"{path.name}.running")
-        self._killed_by = self._mark.read_text() if self._mark is not None and self._mark.exists() else None
+        self._left: tuple[str, int] = ("", 0)
+        if self._mark is not None and self._mark.exists():
+            with suppress(ValueError):
+                self._left = tuple(json.loads(self._mark.read_text()))
         if path is not None and writes:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,13 +80,14 @@ class Results:
         return identity(row) in self._done
 
     def killed(self, row: Row) -> bool:
-        """Whether the last run ended in this one's first step, without coming back from it."""
-        return identity(row) == self._killed_by
+        """Whether the last two runs ended in a step of this one, without coming back from it."""
+        return self._left[0] == identity(row) and self._left[1] > 1
 
     def begin(self, row: Row) -> None:
-        """Note what is about to take its first step."""
+        """Note what is about to take a step."""
         if self._mark is not None and self.writes:
-            self._mark.write_text(identity(row))
+            name = identity(row)
+            self._mark.write_text(json.dumps([name, 1 + (self._left[1] if self._left[0] == name else 0)]))
 
     def end(self) -> None:
         """It has come back from it, well or not."""

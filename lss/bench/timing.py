@@ -43,7 +43,9 @@ class Clock:
         self.largest([0.0])
 
     def largest(self, values: list[float]) -> list[float]:
-        """Each number's largest over the ranks. Collectives: one all-reduce."""
+        """Each number's largest over the ranks. Collectives: one all-reduce; none for no numbers."""
+        if not values:
+            return []
         x = torch.tensor(values, dtype=torch.float64, device=self.device)
         return self.comm.all_reduce_max(x, "bench").wait().tolist()
 

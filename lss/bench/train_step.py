@@ -243,7 +243,7 @@ def _measure(variant: Variant, plan: TrainPlan, clock: Clock, results: Results, 
     if variant.missing is not None or variant.build is None:
         return {"status": f"failed: {variant.missing}"}
     if results.killed(variant.row):
-        return {"status": "failed: the last run ended in its first steps, where a rank hung or died"}
+        return {"status": "failed: the last two runs ended in one of its steps, where a rank hung or died"}
     results.begin(variant.row)
     cuda, found, times = clock.device.type == "cuda", {}, []
     step, failure = clock.attempt(variant.build)
@@ -251,7 +251,6 @@ def _measure(variant: Variant, plan: TrainPlan, clock: Clock, results: Results, 
     for _ in range(plan.warm_up):
         if failure is None:
             counted, failure = clock.attempt(partial(_counted, step))  # type: ignore[arg-type]
-    results.end()
     if failure is None:
         loss, payload, calls = counted
         found = {"payload_bytes": payload, "calls": calls} if variant.checked else {}
@@ -264,6 +263,7 @@ def _measure(variant: Variant, plan: TrainPlan, clock: Clock, results: Results, 
             clock.barrier()
             timed, failure = clock.attempt(partial(clock.time, step))  # type: ignore[arg-type]
             times += [timed[0]] if failure is None else []  # type: ignore[index]
+    results.end()
     if failure is not None:
         return {"status": failure}
     found["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None

@@ -6,6 +6,7 @@ import argparse
 import functools
 import shlex
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from lss.bench import AttentionPlan
     from lss.bench.train_step import TrainPlan
 
+# After this a collective that some rank does not reach ends the run; compiling a kernel takes a part of it.
+HANG = timedelta(minutes=4)
 # Defaults of `bench attention` by device.
 LENGTHS = {"cuda": "8192,16384,65536,131072", "cpu": "256,512"}
 HEADS = {"cuda": "32/8x128", "cpu": "4/2x16"}
@@ -107,7 +110,7 @@ def _measure(options: argparse.Namespace, plan: Any, command: str) -> int:
     from lss.mesh import axis_group, close, init_mesh, world_size
 
     share_cores()
-    mesh = init_mesh(cp=world_size())
+    mesh = init_mesh(cp=world_size(), timeout=HANG)
     try:
         cuda = mesh.device_type == "cuda"
         device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -183,7 +183,7 @@ class Cell:
         cap, candidate = CAPS[self.plan.dtype], run.candidate
         own = [r for r in self.runs if r.candidate.order == "whole" and r.ok and r.errors]
         own = [r for r in own if r.candidate.kernel == candidate.kernel] or own
-        if not candidate.ours or candidate.rounds_more or not own or self.plan.dtype in ("float64", "float32"):
+        if not candidate.strict or not own or self.plan.dtype in ("float64", "float32"):
             return dict.fromkeys(oracle.NAMES, cap)
         return {name: min(cap, OWN_ERROR_FACTOR * max(r.errors[name] for r in own)) for name in oracle.NAMES}
 

@@ -78,14 +78,13 @@ class Candidate:
         return " ".join(word for word in (self.rival, self.strategy, self.kernel, order, own) if word)
 
     @property
-    def ours(self) -> bool:
-        """Whether it is this library's algorithm, held to a one-device kernel's own error."""
-        return self.rival is None and self.order != "whole"
+    def strict(self) -> bool:
+        """Whether it is held to a one-device kernel's own error: LSS is, where it was not asked to round more.
 
-    @property
-    def rounds_more(self) -> bool:
-        """Whether it was asked to round more than the kernel does."""
-        return any(name in self.options for name in _ROUNDING)
+        Our twins of the rivals' algorithms are not: a ring rounds wherever it merges, which is its nature.
+        """
+        lss = self.rival is None and str(self.strategy).startswith("lss")
+        return lss and not any(name in self.options for name in _ROUNDING)
 
 
 # -- ours --------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lss.kernels import KERNEL_CHOICES
 from lss.segment import ORDERS
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Largest relative error of anything that gets a time, by dtype; and for ours, over the one-device kernel's own error.
+# Largest relative error of anything that gets a time, by dtype; and for LSS, over the one-device kernel's own error.
 CAPS = {"float64": 1e-12, "float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
 OWN_ERROR_FACTOR = 1.25
 

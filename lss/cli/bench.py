@@ -128,7 +128,8 @@ def _measure(options: argparse.Namespace, plan: Any, command: str) -> int:
             _finish(options, path, rows)
     finally:
         close()
-    return int(any(row["rival"] is None and row["status"].startswith("failed: error of") for row in rows))
+    # by the first rank alone: a launcher ends all ranks when one fails, and the first may still be drawing
+    return int(first and any(row["rival"] is None and row["status"].startswith("failed: error of") for row in rows))
 
 
 def _row_printer(first: bool) -> Callable[[dict[str, Any]], None]:

@@ -308,3 +308,21 @@ def test_options_are_those_of_the_dataclass():
     assert parse_options("head_chunks=auto") == {"head_chunks": "auto"}
     with pytest.raises(Refused, match="write name=value"):
         parse_options("head_chunks")
+
+
+def half_precision(factor: float) -> list[dict]:
+    """Runs on a rank of a pool, as all that needs a mesh."""
+    plan = AttentionPlan(**vars(PLAN) | {"dtype": "bfloat16", "strategies": ("lss", "ring"), "lengths": [128]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lss.bench.attention.OWN_ERROR_FACTOR", factor)
+        return measure(plan, 1)
+
+
+def test_half_precision_is_held_to_the_kernels_own_error():
+    one, lss, ring = first(1, half_precision, 1.25)
+    assert {one["status"], lss["status"], ring["status"]} == {"ok"}
+    assert 1e-4 < one["error"] < 1e-2
+    one, lss, ring = first(1, half_precision, 0.5)
+    assert (one["status"], ring["status"]) == ("ok", "ok")
+    assert lss["status"].startswith("failed: error of out")
+    assert lss["ms"] is None

@@ -74,7 +74,7 @@ class Variant:
 def plan_configs(
     path: str | None, overrides: Sequence[str], variants: Sequence[str], lengths: Sequence[int], ranks: int
 ) -> list[tuple[str, Config]]:
-    """The config of each variant (";" between overrides, "" for none) at each length (none: the config's own).
+    """The config of each variant (spaces between its overrides, "" for none) at each length (none: the config's own).
 
     Raises:
         Refused: an override or a config that does not fit, or one that a bench on random tokens cannot run.
@@ -82,14 +82,14 @@ def plan_configs(
     found = []
     for length in lengths or [0]:
         for variant in variants or [""]:
-            extra = [word.strip() for word in variant.split(";") if word.strip()]
+            extra = variant.split()
             longer = [f"data.seq_len={length}"] if length else []
             config = load_config(path, [*overrides, *longer, *extra]).resolved(ranks)
             if config.model.kind != "decoder":
                 raise refuse("model.kind", f'"{config.model.kind}"', 'the bench makes random text; use "decoder"')
             if config.data.packing:
                 raise refuse("data.packing", "true", "the bench makes one random text a sequence; use false")
-            found.append((";".join(extra), config))
+            found.append((" ".join(extra), config))
     return found
 
 
@@ -138,7 +138,7 @@ def _variants(plan: TrainPlan, mesh_of: Callable[[int, int], DeviceMesh], clock:
                 build = None if train_step is None else partial(train_step, *how)
                 name = f"{label} {variant or ''}"
                 found.append(Variant(name, row, clock.comm.size, config, build, checked=False, missing=missing))
-        options = dict(word.split("=", 1) for word in text.split(";") if word)
+        options = dict(word.split("=", 1) for word in text.split())
         named = f"{config.parallel.strategy} {config.parallel.kernel} {text}"
         build = partial(_our_step, config, mesh_of, clock.device)
         found.append(Variant(named, _row(config, options, facts), clock.comm.size, config, build))

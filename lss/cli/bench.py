@@ -96,7 +96,7 @@ def _train_plan(options: argparse.Namespace, ranks: int) -> TrainPlan:
     from lss.bench.train_step import TrainPlan, plan_configs
 
     path, overrides = split_config(options.config)
-    configs = plan_configs(path, overrides, options.variants, _numbers("--lengths", options.lengths), ranks)
+    configs = plan_configs(path, overrides, options.variants.split(";"), _numbers("--lengths", options.lengths), ranks)
     rivals = load_rivals(options.rivals)
     return TrainPlan(configs, rivals, options.plain, repeat=options.repeat, only=_words(options.only))
 

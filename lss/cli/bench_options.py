@@ -35,8 +35,9 @@ def add_bench(verbs: Any, parser_class: type[argparse.ArgumentParser]) -> None:
     train = actions.add_parser("train", help="whole optimizer steps of a config's model on random tokens")
     train.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value", help="as for lss train")
     train.add_argument("--lengths", metavar="S,S", help="tokens a sequence (default the config's data.seq_len)")
-    train.add_argument("--variants", action="append", default=[], metavar="KEY=VALUE;...",
-                       help="overrides of one variant; may be repeated, and one '' is the config as it is")  # fmt: skip
+    train.add_argument("--variants", default="", metavar="KEY=VALUE ...;...",
+                       help="sets of overrides, ';' between sets and spaces within; an empty one is the config as it is; "
+                            "'parallel.strategy=lss;parallel.strategy=tp' for one")  # fmt: skip
     train.add_argument("--plain", action="store_true", help="also the model without parallelize, on one device")
     train.add_argument("--repeat", type=int, default=5, metavar="N", help="steps that are timed (default 5)")
     _run_arguments(train)

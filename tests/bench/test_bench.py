@@ -226,7 +226,7 @@ def mesh_of(cp: int, dp: int):
 
 def test_training_steps_of_all_variants_agree_and_give_whole_rows(tmp_path):
     out = tmp_path / "rows.jsonl"
-    variants = ["", "parallel.cp=1;parallel.dp=2", "memory.checkpointing=full;parallel.strategy=ring"]
+    variants = ["", "parallel.cp=1 parallel.dp=2", "memory.checkpointing=full parallel.strategy=ring"]
     rows = first(2, train, 2, out, variants, True)
     assert len(rows) == 2 * 4
     for row in rows:
@@ -282,7 +282,7 @@ REFUSALS = [
     (["attention", "--nproc", "0"], "--nproc=0"),
     (["attention", "--out", "."], "--out=."),
     (["train", "optim.lrr=1"], "nearest is optim.lr"),
-    (["train", "--variants", "parallel.strategy=tpp"], "parallel.strategy='tpp'"),
+    (["train", "--variants", "parallel.strategy=lss;parallel.strategy=tpp"], "parallel.strategy='tpp'"),
     (["train", "model.preset=tiny-encoder"], "model.kind"),
     (["plot", "absent.jsonl"], "absent.jsonl: cannot be read"),
     (["plot", "absent.jsonl", "--format", "gif"], "--format=gif"),

@@ -11,9 +11,10 @@ import difflib
 import sys
 from collections.abc import Sequence
 
+from lss.cli.bench_options import add_bench
 from lss.config.errors import Failed, Refused, refuse
 
-VERBS = ("train", "check", "data", "export", "report")
+VERBS = ("train", "check", "bench", "data", "export", "report")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,6 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Compare loss and every gradient of your config, at a short length, on one rank and on all.",
     )
     _config_arguments(check)
+
+    add_bench(verbs, _Parser)
 
     data = verbs.add_parser("data", help="fetch or describe data")
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=_Parser)
@@ -114,6 +117,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         from lss.cli.check import check
 
         return check(options, arguments)
+    if options.verb == "bench":
+        from lss.cli.bench import bench
+
+        return bench(options, arguments)
     if options.verb == "data":
         from lss.cli.data import data
 

@@ -206,6 +206,14 @@ class Communicator:
         work = dist.all_reduce(x, group=self.group, async_op=True)
         return Pending((work,), lambda: x)
 
+    def all_reduce_max(self, x: torch.Tensor, purpose: str) -> Pending[torch.Tensor]:
+        """The largest of every element of `x` over the ranks, in place."""
+        if self.group is None:
+            return Pending((), lambda: x)
+        record("all_reduce", purpose, x)
+        work = dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return Pending((work,), lambda: x)
+
     def broadcast(self, x: torch.Tensor, purpose: str) -> Pending[torch.Tensor]:
         """Copy the first rank's `x` to every rank, in place."""
         if self.group is None:

@@ -1,0 +1,200 @@
+"""`lss bench`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shlex
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lss.cli.main import split_config
+from lss.cli.ranks import must_launch, planned_ranks, share_cores, without_nproc
+from lss.config.errors import Refused, refuse
+from lss.mesh import pick_device_type, rank_environment
+
+if TYPE_CHECKING:
+    from lss.bench import AttentionPlan
+    from lss.bench.train_step import TrainPlan
+
+# After this a collective that some rank does not reach ends the run; compiling a kernel takes a part of it.
+HANG = timedelta(minutes=4)
+# Defaults of `bench attention` by device.
+LENGTHS = {"cuda": "8192,16384,65536,131072", "cpu": "256,512"}
+HEADS = {"cuda": "32/8x128", "cpu": "4/2x16"}
+DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
+
+
+def bench(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Run one action of the bench; 1 where something of ours computed wrong results."""
+    if options.action == "plot":
+        return _plot([Path(file) for file in options.files], Path(options.out), options.format)
+    if options.action == "table":
+        return _table(options)
+    ranks = planned_ranks(options.nproc)
+    if options.repeat < 1:
+        raise refuse("--repeat", options.repeat, "give a whole number, 1 or more")
+    if options.out and Path(options.out).is_dir():
+        raise refuse("--out", options.out, "a folder of this name is there; give a file such as results.jsonl")
+    # everything is read here, so that a mistake is told once and before any rank is started
+    plan: Any = _attention_plan(options, ranks) if options.action == "attention" else _train_plan(options, ranks)
+    if must_launch(options.nproc):
+        from lss.launch import launch_local
+
+        return launch_local(options.nproc, [*without_nproc(arguments), "--command", _command(arguments)])
+    return _measure(options, plan, options.command or _command(arguments))
+
+
+def _command(arguments: list[str]) -> str:
+    """The command line as it was typed, or as a launcher runs it."""
+    environment = rank_environment()
+    if environment is None:
+        return shlex.join(["lss", *arguments])
+    ranks = environment.world_size
+    start = {"torchrun": f"torchrun --nproc-per-node {environment.local_world_size}", "mpirun": f"mpirun -n {ranks}",
+             "srun": f"srun -n {ranks}"}  # fmt: skip
+    module = "-m lss" if environment.launcher == "torchrun" else "lss"
+    return f"{start[environment.launcher]} {module} {shlex.join(arguments)}"
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    words = _words(text)
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise refuse(option, text, "give whole numbers of tokens with commas between them")
+    return [int(word) for word in words]
+
+
+def _device_type(ranks: int) -> str:
+    environment = rank_environment()
+    return pick_device_type(environment.local_world_size if environment else ranks)
+
+
+def _attention_plan(options: argparse.Namespace, ranks: int) -> AttentionPlan:
+    from lss.bench import AttentionPlan, Heads, load_rivals, parse_options
+
+    device = _device_type(ranks)
+    plan = AttentionPlan(
+        lengths=_numbers("--lengths", options.lengths or LENGTHS[device]),
+        heads=[Heads.parse(word) for word in _words(options.heads or HEADS[device])],
+        strategies=_words(options.strategies), kernels=_words(options.kernels), orders=_words(options.orders),
+        options=[parse_options(text) for text in options.options], rivals=load_rivals(options.rivals),
+        dtype=options.dtype or DTYPE[device], batch=options.batch, repeat=options.repeat, seconds=options.seconds,
+        check_upto=options.check_upto, only=_words(options.only),
+    )  # fmt: skip
+    plan.validate(ranks)
+    return plan
+
+
+def _train_plan(options: argparse.Namespace, ranks: int) -> TrainPlan:
+    from lss.bench import load_rivals
+    from lss.bench.train_step import TrainPlan, plan_configs
+
+    path, overrides = split_config(options.config)
+    configs = plan_configs(path, overrides, options.variants.split(";"), _numbers("--lengths", options.lengths), ranks)
+    rivals = load_rivals(options.rivals)
+    return TrainPlan(configs, rivals, options.plain, repeat=options.repeat, only=_words(options.only))
+
+
+def _measure(options: argparse.Namespace, plan: Any, command: str) -> int:
+    import torch
+
+    from lss.bench import Clock, Results, bench_attention
+    from lss.bench.train_step import bench_train
+    from lss.comm import Communicator
+    from lss.mesh import axis_group, close, init_mesh, world_size
+
+    share_cores()
+    mesh = init_mesh(cp=world_size(), timeout=HANG)
+    try:
+        cuda = mesh.device_type == "cuda"
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        clock = Clock(Communicator(axis_group(mesh, ("cp",))), device)
+        first = mesh.get_rank() == 0
+        path = Path(options.out) if options.out else None
+        results = Results(path, writes=first, retry=options.retry)
+        show = _row_printer(first)
+        if options.action == "attention":
+            rows = bench_attention(plan, clock, results, command, show)
+        else:
+            meshes = functools.cache(lambda cp, dp: init_mesh(cp=cp, dp=dp))
+            rows = bench_train(plan, meshes, clock, results, command, show)
+        if first:
+            _finish(options, path, rows)
+    finally:
+        close()
+    # by the first rank alone: a launcher ends all ranks when one fails, and the first may still be drawing
+    return int(first and any(row["rival"] is None and row["status"].startswith("failed: error of") for row in rows))
+
+
+def _row_printer(first: bool) -> Callable[[dict[str, Any]], None]:
+    """Print each row as it comes, on the first rank."""
+    from lss.bench.tables import label
+
+    def show(row: dict[str, Any]) -> None:
+        if not first:
+            return
+        what = f"{row['tokens']:>9,} {row['heads']:>10}  {label(row):44}"
+        if row["status"] != "ok":
+            print(f"{what} {row['status']}", flush=True)
+            return
+        ideal = f"  ideal {row['ideal_ms'] / row['ms']:.3f}" if row["ideal_ms"] else ""
+        print(f"{what} {row['ms']:>10.3f} ms ±{100 * row['spread']:.1f} %{ideal}", flush=True)
+
+    return show
+
+
+def _finish(options: argparse.Namespace, path: Path | None, new: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    from lss.bench import read_rows
+    from lss.cli.bench_table import rich_table
+
+    rows = read_rows([path]) if path is not None else new
+    done = "" if new else "; the file has all of it, and --retry measures again what failed"
+    console = Console()
+    console = console if console.is_terminal else Console(width=150)
+    console.print(rich_table(new or rows))
+    print(f"{len(new)} measured{done}")
+    if path is None:
+        return
+    print(f"rows: {path}")
+    if options.action == "attention" and not options.no_plots:
+        try:
+            _plot([path], path.with_name(f"{path.stem}-plots"), "svg")
+        except Refused as refusal:  # the rows are there; a bench does not fail for want of its plots
+            print(f"no plots: {refusal}")
+
+
+def _plot(files: list[Path], folder: Path, form: str) -> int:
+    from lss.bench import read_rows
+    from lss.bench.plots import FORMATS, plot_attention
+
+    if form not in FORMATS:
+        raise refuse("--format", form, f"use one of {', '.join(FORMATS)}")
+    for picture in plot_attention(read_rows(files), folder, form):
+        print(f"plot: {picture}")
+    return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    from lss.bench import read_rows
+    from lss.bench.tables import fill_page, tables_of
+
+    if options.page is None:
+        if not options.files:
+            raise refuse("FILE", "", "give result files, or --page")
+        print(tables_of(read_rows([Path(file) for file in options.files])))
+        return 0
+    page = Path(options.page)
+    try:
+        page.write_text(fill_page(page.read_text(encoding="utf-8"), Path(options.results)), encoding="utf-8")
+    except OSError as error:
+        raise refuse("--page", page, f"cannot be read or written ({error.strerror})") from error
+    print(f"page: {page}")
+    return 0

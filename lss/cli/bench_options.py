@@ -1,0 +1,64 @@
+"""The options of `lss bench`; nothing here imports torch, since every verb's start builds all parsers."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+def add_bench(verbs: Any, parser_class: type[argparse.ArgumentParser]) -> None:
+    """Add the verb and its actions."""
+    bench = verbs.add_parser("bench", help="time attention and training steps, beside rivals",
+                             description="Time what these ranks compute; results are held to the truth first.")  # fmt: skip
+    actions = bench.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=parser_class)
+
+    attention = actions.add_parser("attention", help="one layer's attention, forward and backward")
+    attention.add_argument("--lengths", metavar="S,S", help="tokens (default 8192 to 131072; 256,512 on a CPU)")
+    attention.add_argument("--heads", metavar="N/KxH,...", help="query heads/key heads x size (default 32/8x128; 4/2x16)")
+    attention.add_argument("--strategies", default="lss,ring,ulysses", metavar="NAMES", help="default lss,ring,ulysses")
+    attention.add_argument("--kernels", default="auto", metavar="NAMES", help="default auto; flash4,sdpa_cudnn for one")
+    attention.add_argument("--orders", default="head_tail", metavar="NAMES", help="default head_tail")
+    attention.add_argument("--options", action="append", default=[], metavar="NAME=VALUE;...",
+                           help='one more variant, "head_chunks=8;regather=false" for one; may be repeated')  # fmt: skip
+    attention.add_argument("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)} (default bfloat16; float32)")
+    attention.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default 1)")
+    attention.add_argument("--seconds", type=float, default=30.0, metavar="T",
+                           help="fewer rounds, but 3, for what would take longer than this (default 30)")  # fmt: skip
+    attention.add_argument("--check-upto", type=int, default=131072, metavar="S",
+                           help="tokens up to which dk and dv are held to float64 too (default 131072)")  # fmt: skip
+    attention.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default 7)")
+    attention.add_argument("--no-plots", action="store_true", help="write rows only")
+    _run_arguments(attention)
+
+    train = actions.add_parser("train", help="whole optimizer steps of a config's model on random tokens")
+    train.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value", help="as for lss train")
+    train.add_argument("--lengths", metavar="S,S", help="tokens a sequence (default the config's data.seq_len)")
+    train.add_argument("--variants", default="", metavar="KEY=VALUE ...;...",
+                       help="sets of overrides, ';' between sets and spaces within; an empty one is the config as it is; "
+                            "'parallel.strategy=lss;parallel.strategy=tp' for one")  # fmt: skip
+    train.add_argument("--plain", action="store_true", help="also the model without parallelize, on one device")
+    train.add_argument("--repeat", type=int, default=5, metavar="N", help="steps that are timed (default 5)")
+    _run_arguments(train)
+
+    plot = actions.add_parser("plot", help="pictures of result files")
+    plot.add_argument("files", nargs="+", metavar="FILE.jsonl")
+    plot.add_argument("--out", default=".", metavar="DIR", help="folder (default the current one)")
+    plot.add_argument("--format", default="svg", help="svg or png (default svg)")
+
+    table = actions.add_parser("table", help="Markdown tables of result files, or a page's tables made anew")
+    table.add_argument("files", nargs="*", metavar="FILE.jsonl")
+    table.add_argument("--page", metavar="FILE.md", help="fill this page's marked tables instead of printing")
+    table.add_argument("--results", metavar="DIR", default="benchmarks/results",
+                       help="where the page's result files lie (default benchmarks/results)")  # fmt: skip
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
+    parser.add_argument("--rivals", default="none", metavar="DIR", help="folder of rivals' adapters (default none)")
+    parser.add_argument("--out", metavar="FILE.jsonl", help="append rows to this file; what it has already is skipped")
+    parser.add_argument("--only", default="", metavar="WORDS", help="only what has one of these words in its name")
+    parser.add_argument("--retry", action="store_true", help="measure again what the file has as failed")
+    # what the user typed, for the rows of the ranks that it started
+    parser.add_argument("--command", default="", help=argparse.SUPPRESS)

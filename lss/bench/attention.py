@@ -105,7 +105,7 @@ class Cell:
         places = torch.arange(self.tokens, device=device)
         for x in (q, k, v):
             x.requires_grad_()
-        self._inputs["whole"] = Inputs(self.tokens, q, k, v, dout, places, k, v)
+        self._inputs["whole"] = Inputs(self.tokens, q, k, v, dout, places)
         self.truth = oracle.exact(q, k, v, dout, keys_too=self.tokens <= plan.check_upto)
 
     def inputs(self, order: str) -> Inputs:
@@ -117,7 +117,7 @@ class Cell:
             q, k, v, dout = (_cut(x, places, self.tokens) for x in uncut)
             for x in (q, k, v):
                 x.requires_grad_()
-            self._inputs[order] = Inputs(self.tokens, q, k, v, dout, places, whole.k_BSKH, whole.v_BSKH)
+            self._inputs[order] = Inputs(self.tokens, q, k, v, dout, places)
         return self._inputs[order]
 
     # -- first steps -------------------------------------------------------------------------------------------------

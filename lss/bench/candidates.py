@@ -15,12 +15,11 @@ import torch
 from lss.bench.rival import Rival
 from lss.bench.timing import Clock
 from lss.comm import Communicator
-from lss.comm.collectives import new_dkv, split_kv
 from lss.config.errors import Refused, refuse
-from lss.context_parallel import STRATEGIES, AttentionOptions, attend, count_head_chunks
+from lss.context_parallel import STRATEGIES, AttentionOptions, attend, make_spec
 from lss.context_parallel.spec import head_groups
-from lss.kernels import KERNELS, Rules, make_work, pick_kernel, single_attention
-from lss.kernels.merge import no_keys_yet
+from lss.kernels import KERNELS, Rules, pick_kernel, single_attention
+from lss.kernels.merge import empty_lse
 from lss.segment import Segment, make_segment
 
 ONE_DEVICE = "one device"
@@ -35,10 +34,7 @@ Step = Callable[[], StepResults]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a candidate computes on: q, k, v and dout of some tokens, and the tokens' global positions (T,).
-
-    `k_BSKH` and `v_BSKH` are those of the whole sequence, for what is timed without communication.
-    """
+    """What a candidate computes on: q, k, v and dout of some tokens, and the tokens' global positions (T,)."""
 
     seq_len: int
     q_BTNH: torch.Tensor
@@ -46,8 +42,6 @@ class Inputs:
     v_BTKH: torch.Tensor
     dout_BTNH: torch.Tensor
     places: torch.Tensor
-    k_BSKH: torch.Tensor
-    v_BSKH: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -177,29 +171,32 @@ def _prepare_ours(inputs: Inputs, *, options: AttentionOptions, order: str, comm
 
 
 def _prepare_local(inputs: Inputs, *, options: AttentionOptions, order: str, comm: Communicator) -> Step:
-    """LSS attention with its communication left out: the same kernel calls, on the whole keys and values.
+    """LSS attention with its communication left out: the same kernel calls, on keys and values that are there already.
 
-    Nothing is staged, gathered, reordered, scattered or allocated for that; dK and dV stay whole and unsummed. This is
-    the one place that repeats what `lss.context_parallel.lss` does between its collectives.
+    Nothing is gathered or scattered in a step; dK and dV stay those of the fetched keys, unsummed. This is the one place
+    that repeats what `lss.context_parallel.lss` does between its collectives.
     """
+    q, k, v, dout = (x.detach() for x in (inputs.q_BTNH, inputs.k_BTKH, inputs.v_BTKH, inputs.dout_BTNH))
     segment = _segment(inputs, order, comm)
-    q, k, v, dout = (x.detach() for x in (inputs.q_BTNH, inputs.k_BSKH, inputs.v_BSKH, inputs.dout_BTNH))
-    whole = segment.alone()
-    work = make_work(pick_kernel(options.kernel, q), Rules(causal=True), segment, segment, q, False)
-    chunks = count_head_chunks(options.head_chunks, options.strategy, inputs.k_BTKH, comm.size)
-    groups = head_groups(q.shape[2], inputs.k_BTKH.shape[2], chunks)
+    spec = make_spec(q, k, Rules(causal=True), segment=segment, comm=comm, options=options)
+    groups, transport = head_groups(q.shape[2], k.shape[2], spec.head_chunks), spec.transport
+    assert transport is not None
+    fetched = []
+    for _, heads in groups:
+        keys, values = transport.gather(k[:, :, heads], v[:, :, heads]).wait()
+        fetched.append((keys.clone(), values.clone()))
+        transport.release()
+    summed = spec.work.schedule(transport.runs, q.shape[1], transport.length).dq_summed
 
     def step() -> StepResults:
-        out, lse = torch.zeros_like(q), no_keys_yet(q)
-        dq = torch.zeros_like(q, dtype=lse.dtype)
-        for heads, key_heads in groups:
-            keys, values = k[:, :, key_heads], v[:, :, key_heads]
-            work.of_heads(heads).forward(out[:, :, heads], lse[:, heads], q[:, :, heads], keys, values, whole.local_runs)
-        for heads, key_heads in groups:
-            keys, values = k[:, :, key_heads], v[:, :, key_heads]
-            dk, dv = split_kv(new_dkv(keys, whole.seq_len))
-            dqs, douts, queries, outs = (x[:, :, heads] for x in (dq, dout, q, out))
-            work.of_heads(heads).backward(dqs, dk, dv, douts, queries, keys, values, outs, lse[:, heads], whole.local_runs)
+        out, lse = torch.empty_like(q), empty_lse(q)
+        for (heads, _), kv in zip(groups, fetched, strict=True):
+            spec.work.of_heads(heads).forward(out[:, :, heads], lse[:, heads], q[:, :, heads], *kv, transport.runs)
+        dq = torch.empty_like(q, dtype=lse.dtype if summed else q.dtype)
+        for (heads, _), kv in zip(groups, fetched, strict=True):
+            dk, dv = transport.split(transport.new_dkv(kv[0]))
+            dqs, given = dq[:, :, heads], (dout[:, :, heads], q[:, :, heads], *kv, out[:, :, heads], lse[:, heads])
+            spec.work.of_heads(heads).backward(dqs, dk, dv, *given, transport.runs)
         return out, dq.to(q.dtype), dk, dv
 
     return step

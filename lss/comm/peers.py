@@ -92,6 +92,10 @@ class PeerMemory:
         """A mark of everything issued so far in the current context, to wait for with `wait_for`."""
         return None
 
+    def mark_read(self, name: str) -> None:
+        """Everything issued so far that reads a buffer must be done before it is written again."""
+        self.read[name] = self.mark()
+
     def wait_for(self, mark: Any) -> None:
         """Order the current context behind a mark."""
 
@@ -138,11 +142,17 @@ class CudaPeerMemory(PeerMemory):
     def mark(self) -> Any:
         event = torch.cuda.Event()
         event.record()
-        return event
+        return event, torch.cuda.is_current_stream_capturing()
+
+    def mark_read(self, name: str) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            super().mark_read(name)
 
     def wait_for(self, mark: Any) -> None:
-        if mark is not None:
-            torch.cuda.current_stream(self._device).wait_event(mark)
+        # an event means nothing across the border of a CUDA graph; `follow` orders a transfer behind what its stream was
+        # given before, the graph's replay as a whole
+        if mark is not None and mark[1] == torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(self._device).wait_event(mark[0])
 
 
 def open_peers(group: dist.ProcessGroup, device: torch.device) -> PeerMemory | None:

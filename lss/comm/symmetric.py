@@ -130,7 +130,7 @@ class SymmetricTransport:
         assert self._reading is not None
         name, arriving = self._reading
         arriving.finish()
-        self._peers.read[name] = self._peers.mark()
+        self._peers.mark_read(name)
 
     def new_dkv(self, like_BTKH: torch.Tensor) -> torch.Tensor:
         """Room for the dK and dV of all fetched tokens; nothing stands there yet."""
@@ -155,7 +155,7 @@ class SymmetricTransport:
             total = dkv.new_empty(2, B, T, K, H)
             for a, b, first, end in sums or ((0, T, 0, self._peers.size),):
                 _sum_slots(total[:, :, a:b], route.mine[first:end, :, :, a:b])
-            self._peers.read["dkv"] = self._peers.mark()
+            self._peers.mark_read("dkv")
             return total[0], total[1]
 
         # where the senders of a token are not neighbours, absent ones are summed as zeros

@@ -30,6 +30,7 @@ __all__ = [
     "attention",
     "cross_entropy",
     "make_segment",
+    "make_spec",
     "shard",
     "unshard",
 ]
@@ -188,6 +189,21 @@ def attend(
 ) -> torch.Tensor:
     """`attention` where rules, segments and group are known: decide what is left open and run the strategy."""
     strategy = pick_strategy(options.strategy)
+    spec = make_spec(q, k, rules, segment=segment, comm=comm, options=options, kv_segment=kv_segment)
+    return strategy(q, k, v, rules.sinks, spec)
+
+
+def make_spec(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rules: Rules,
+    *,
+    segment: Segment,
+    comm: Communicator,
+    options: AttentionOptions,
+    kv_segment: Segment | None = None,
+) -> AttentionSpec:
+    """Everything that is decided about one call of `attend` before its algorithm runs, or a refusal."""
     features = {} if kv_segment is None else {"cross-attention": f"kv_seg of {kv_segment.seq_len} tokens"}
     features |= rules.features()
     if segment.cp > 1:
@@ -196,7 +212,7 @@ def attend(
         features["documents"] = f"cu_seqlens of {len(segment.edges) - 1} documents"
     refuse_pairs(features | options.features())
     keys = kv_segment or segment
-    # the masks of the whole sequence, which every rank's fetch is planned by
+    # the masks of the whole sequence, which every rank plans by
     work = make_work(pick_kernel(options.kernel, q, features), rules, segment, keys, q, kv_segment is not None)
     chunks = count_head_chunks(options.head_chunks, options.strategy, k, keys.cp)
     transport = None
@@ -206,7 +222,7 @@ def attend(
             dkv_dtype=options.dkv_dtype, head_chunks=chunks,
             summed=work.schedule(keys.local_runs, q.shape[1], k.shape[1]).dk_summed,
         )  # fmt: skip
-    spec = AttentionSpec(
+    return AttentionSpec(
         segment=segment,
         keys=keys,
         comm=comm,
@@ -215,7 +231,6 @@ def attend(
         head_chunks=chunks,
         regather=options.regather,
     )
-    return strategy(q, k, v, rules.sinks, spec)
 
 
 def pick_strategy(name: str) -> Strategy:

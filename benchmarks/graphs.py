@@ -1,0 +1,114 @@
+"""Short lengths, where launching costs more than computing: attention issued call by call, and replayed as one CUDA graph.
+
+    torchrun --nproc-per-node 2 benchmarks/graphs.py --out graphs.jsonl
+
+Random inputs; medians over repetitions of the slowest rank's forward and backward. The graph's results are compared with
+those of the calls one by one before a time is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+
+import torch
+import torch.distributed as dist
+
+import lss
+from lss.kernels import pick_kernel, single_attention
+
+N, K, H = 32, 8, 128
+REPEAT = 20
+
+
+def captured(step):
+    """(the step as a graph, its results): warmed up on a side stream, as capture asks for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph.replay, results
+
+
+def timed(run) -> float:
+    """Median milliseconds of the slowest rank."""
+    times = []
+    for _ in range(REPEAT):
+        dist.barrier()
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        took = torch.tensor(start.elapsed_time(end), device="cuda")
+        dist.all_reduce(took, op=dist.ReduceOp.MAX)
+        times.append(float(took))
+    return statistics.median(times)
+
+
+def measure(mesh, tokens: int) -> list[dict]:
+    """Rows of one length: one device and LSS, each both ways."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    like = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+    whole = [torch.randn(1, tokens, heads, H, **like) for heads in (N, K, K, N)]
+    seg = lss.make_segment(tokens, mesh)
+    cut = [lss.shard(x, mesh, seg=seg) for x in whole]
+    calls = {
+        "one device": (whole, lambda q, k, v: single_attention(q, k, v)),
+        "lss": (cut, lambda q, k, v: lss.attention(q, k, v, mesh=mesh, seg=seg)),
+        "lss, regather=False": (cut, lambda q, k, v: lss.attention(q, k, v, mesh=mesh, seg=seg, regather=False)),
+    }
+    rows = []
+    for name, ((*qkv, dout), call) in calls.items():
+        leaves = [x.clone().requires_grad_() for x in qkv]
+
+        def step(leaves=leaves, call=call, dout=dout):
+            out = call(*leaves)
+            return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+        expected = [x.clone() for x in step()]
+        eager = timed(step)
+        row = {"bench": "graphs", "strategy": name, "tokens": tokens, "heads": f"{N}/{K}x{H}", "dtype": "bfloat16",
+               "kernel": pick_kernel("auto", whole[0]).name, "world_size": mesh.size(),
+               "gpu": torch.cuda.get_device_name(), "ms": round(eager, 3)}  # fmt: skip
+        try:
+            replay, results = captured(step)
+            for _ in range(3):
+                replay()
+            worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(results, expected, strict=True))
+            row |= {"graph_ms": round(timed(replay), 3), "graph_error": worst, "status": "ok" if worst < 5e-3 else "failed"}
+        except RuntimeError as error:
+            row |= {"graph_ms": None, "status": f"failed: {str(error).splitlines()[0][:150]}"}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", default="2048,4096,8192,16384")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    mesh = lss.init_mesh(cp=lss.world_size())
+    command = "torchrun --nproc-per-node %d %s" % (mesh.size(), " ".join(sys.argv))
+    for tokens in map(int, options.lengths.split(",")):
+        for row in measure(mesh, tokens):
+            row["versions"] = {"lss": lss.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
+            row["command"] = command
+            if mesh.get_rank() == 0:
+                print({k: row[k] for k in ("strategy", "tokens", "ms", "graph_ms", "status")}, flush=True)
+                if options.out:
+                    with open(options.out, "a") as file:
+                        file.write(json.dumps(row) + "\n")
+    lss.mesh.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -125,7 +125,8 @@ class CudaPeerMemory(PeerMemory):
 
     def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         # one launch where each copy is short; copy engines, which take no multiprocessor from attention, where it is long
-        if sum(source.numel() * source.element_size() for source in sources) <= SHORT_COPY:
+        nbytes = sum(source.numel() * source.element_size() for source in sources)
+        if 0 < nbytes <= SHORT_COPY:
             torch._foreach_copy_(list(places), list(sources))
         else:
             super().copy(places, sources)

@@ -2,5 +2,6 @@
 
 from lss.comm.collectives import Communicator, Pending
 from lss.comm.counter import CollectiveCounter, count_collectives
+from lss.comm.hierarchical import cp_communicator
 
-__all__ = ["CollectiveCounter", "Communicator", "Pending", "count_collectives"]
+__all__ = ["CollectiveCounter", "Communicator", "Pending", "count_collectives", "cp_communicator"]

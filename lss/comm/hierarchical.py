@@ -9,7 +9,6 @@ gradients is the mirror image: sums inside the node first, so that a node sends 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -77,7 +76,7 @@ class NodesCommunicator(Communicator):
         the CPU the second begins when the caller waits.
         """
         work = first()
-        if not torch.cuda.is_available() or dist.get_backend(self.group) != "nccl":
+        if dist.get_backend(self.group) != "nccl":
             return _Then(work, second)
         self._side = self._side or torch.cuda.Stream()
         with torch.cuda.stream(self._side):

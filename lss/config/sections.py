@@ -149,7 +149,9 @@ class ParallelConfig:
 
     cp: int | str = _key("auto", int, "ranks that share each sequence; auto: all ranks / dp", low=1, choices=("auto",))
     dp: int = _key(1, int, "groups of ranks that take different sequences", low=1)
-    strategy: str = _key("lss", str, "algorithm of the cp axis", choices=("lss", "ring", "ulysses", "tp"))
+    strategy: str = _key("lss", str, "algorithm of the cp axis", choices=("lss", "lss_2d", "ring", "ulysses", "tp"))
+    inner: int | str = _key("auto", int, "lss_2d: neighbouring ranks that share out the heads; divides cp", low=1,
+                            choices=("auto",))  # fmt: skip
     order: str = _key("head_tail", str, "which tokens are a rank's",
                       choices=("head_tail", "contiguous", "balanced"))  # fmt: skip
     head_chunks: int | str = _key("auto", int, "groups of key heads gathered one after another", low=1, choices=("auto",))
@@ -286,6 +288,11 @@ def nearest(whole: int, wanted: int) -> str:
     divisors = [d for d in range(1, min(whole, 1 << 16) + 1) if whole % d == 0]
     near = sorted(divisors, key=lambda d: abs(d - wanted))[:2]
     return f"use {' or '.join(map(str, sorted(near)))}"
+
+
+def divisors_of(whole: int) -> str:
+    """All divisors, in words."""
+    return " or ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)
 
 
 def as_plain(section: Any) -> dict[str, Any]:

@@ -11,19 +11,19 @@ all-to-all in place of the gather, and another in place of the scatter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from lss.comm import Pending
 from lss.comm.collectives import KV, new_dkv, split_kv
-from lss.context_parallel.spec import AttentionSpec, head_groups
+from lss.context_parallel.spec import AttentionSpec
 from lss.kernels.blocks import add_sinks_, sinks_gradient
 from lss.kernels.merge import no_keys_yet
 from lss.segment import LocalRun
 
-HeadGroups = list[tuple[slice, slice]]
+HeadGroups = Sequence[tuple[slice, slice]]
 
 
 def lss_attention(
@@ -53,7 +53,7 @@ def _key_runs(spec: AttentionSpec) -> tuple[LocalRun, ...]:
 
 def _fetched(k: torch.Tensor, v: torch.Tensor, groups: HeadGroups, spec: AttentionSpec) -> Iterator[KV]:
     """The keys and values of other tokens in sequence order, one head chunk after another, the next already under way."""
-    order = spec.keys.chunk_order if spec.fetch is None else None
+    order = spec.keys.orders(spec.comm.arrival)[0] if spec.fetch is None and spec.keys.cp > 1 else None
 
     def fetch(heads: slice) -> Pending[KV]:
         mine = k[:, :, heads], v[:, :, heads]
@@ -75,13 +75,13 @@ def _scatter(dkv_S2BKH: torch.Tensor, spec: AttentionSpec) -> Pending[KV]:
         return Pending((), lambda: split_kv(dkv_S2BKH))
     if spec.fetch is not None:
         return spec.comm.return_dkv(dkv_S2BKH, spec.fetch)
-    return spec.comm.reduce_scatter_dkv(spec.keys.reorder(dkv_S2BKH, 0, spec.keys.rank_order))
+    return spec.comm.reduce_scatter_dkv(spec.keys.reorder(dkv_S2BKH, 0, spec.keys.orders(spec.comm.arrival)[1]))
 
 
 class _LSSAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, spec: AttentionSpec):
-        groups = head_groups(q.shape[2], k.shape[2], spec.head_chunks)
+        groups = spec.head_groups(q.shape[2], k.shape[2])
         out, lse, kept = torch.zeros_like(q), no_keys_yet(q), []
         runs = _key_runs(spec)
         for (q_heads, _), (keys, values) in zip(groups, _fetched(k, v, groups, spec), strict=True):
@@ -99,7 +99,7 @@ class _LSSAttention(torch.autograd.Function):
     def backward(ctx, dout):
         spec: AttentionSpec = ctx.spec
         q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
-        groups = head_groups(q.shape[2], k.shape[2], spec.head_chunks)
+        groups = spec.head_groups(q.shape[2], k.shape[2])
         dq, dk, dv = torch.zeros_like(q, dtype=lse.dtype), torch.empty_like(k), torch.empty_like(v)
         fetched = zip(kept[::2], kept[1::2], strict=True) if kept else _fetched(k, v, groups, spec)
         length = spec.keys.padded_len if spec.fetch is None else spec.fetch.length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,6 +23,8 @@ class AttentionSpec:
         fetch: which keys travel where; None where every rank gathers all of them.
         head_chunks: in how many nearly even groups the key heads are taken one after another.
         regather: backward fetches keys and values again instead of keeping them.
+        inner: neighbouring ranks that share out the heads of their tokens; 1 but for "lss_2d".
+        groups: (query heads, key heads) taken one after another, where they are not simply `head_chunks` even groups.
     """
 
     segment: Segment
@@ -31,6 +34,12 @@ class AttentionSpec:
     fetch: Fetch | None = None
     head_chunks: int = 1
     regather: bool = True
+    inner: int = 1
+    groups: tuple[tuple[slice, slice], ...] | None = None
+
+    def head_groups(self, n_heads: int, n_kv_heads: int) -> Sequence[tuple[slice, slice]]:
+        """(query heads, key heads) of each head chunk."""
+        return self.groups or head_groups(n_heads, n_kv_heads, self.head_chunks)
 
 
 def head_groups(n_heads: int, n_kv_heads: int, chunks: int) -> list[tuple[slice, slice]]:

@@ -6,7 +6,7 @@ import pytest
 
 import lss
 from lss.config.errors import Refused
-from lss.mesh import rank_environment
+from lss.mesh import rank_environment, rank_groups, same_everywhere, sub_group
 from tests.distributed.pool import pool
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1",
@@ -72,3 +72,71 @@ def test_a_world_that_does_not_fit_is_refused(cp, dp, words):
         assert not ok
         assert what[0] == "Refused"
         assert words in what[1]
+
+
+@pytest.mark.parametrize("per_node, words", [(3, "divides cp=4"), (0, "ranks_per_node=0"), (2.0, "ranks_per_node=2.0")])
+def test_nodes_that_a_group_has_unequal_parts_of_are_refused(per_node, words):
+    for ok, what in pool(4).outcomes(_mesh_on_nodes, per_node):
+        assert not ok
+        assert what[0] == "Refused"
+        assert words in what[1]
+
+
+def _mesh_on_nodes(per_node):
+    return lss.init_mesh(cp=4, ranks_per_node=per_node) is not None
+
+
+@pytest.mark.parametrize(
+    "told, expected",
+    [
+        ([(0, 2), (1, 2), (0, 2), (1, 2)], 2),
+        ([(0, 1), (0, 1), (0, 1)], 1),
+        ([(0, 4), (1, 4), (2, 4), (3, 4)], 4),
+        ([(0, 3), (1, 3), (2, 3), (0, 1)], 4),  # hosts of unequal size
+        ([(0, 2), (0, 2), (1, 2), (1, 2)], 4),  # dealt out in turn: neighbours are on different hosts
+        ([(0, 0), (0, 0)], 2),
+    ],
+)
+def test_nodes_are_told_apart_where_all_are_alike(told, expected):
+    assert same_everywhere(told) == expected
+
+
+def _launched(local_world, world=4):
+    """What `init_mesh` makes of a launcher's variables, on each rank of a process group that exists."""
+    import os
+
+    import torch.distributed as dist
+
+    from lss.mesh import cp_ranks_per_node
+
+    rank = dist.get_rank()
+    given = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % local_world, "LOCAL_WORLD_SIZE": local_world,
+             "MASTER_ADDR": "node1", "MASTER_PORT": 1234}  # fmt: skip
+    os.environ.update({name: str(value) for name, value in given.items()})
+    try:
+        return cp_ranks_per_node(lss.init_mesh(cp=4))
+    finally:
+        for name in given:
+            del os.environ[name]
+
+
+@pytest.mark.parametrize("local_world, expected", [(2, 2), (1, 1), (4, 4), (3, 4)])
+def test_the_launcher_says_which_ranks_share_a_node(local_world, expected):
+    assert pool(4).run(_launched, local_world) == [expected] * 4
+
+
+def test_groups_of_ranks_by_size_and_stride():
+    rows = [list(range(8)), list(range(8, 16))]
+    assert rank_groups(rows, 4, 1) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert rank_groups(rows[:1], 2, 4) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert rank_groups(rows[:1], 2, 2) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+def _kept_groups():
+    mesh = lss.init_mesh(cp=4, ranks_per_node=2)
+    first = sub_group(mesh, 2, 1)
+    return first is sub_group(mesh, 2, 1), first is sub_group(mesh, 2, 2), sub_group(mesh, 1, 1) is None
+
+
+def test_groups_are_made_once_a_mesh():
+    assert pool(4).run(_kept_groups) == [(True, False, True)] * 4

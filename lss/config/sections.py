@@ -290,11 +290,6 @@ def nearest(whole: int, wanted: int) -> str:
     return f"use {' or '.join(map(str, sorted(near)))}"
 
 
-def divisors_of(whole: int) -> str:
-    """All divisors, in words."""
-    return " or ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)
-
-
 def as_plain(section: Any) -> dict[str, Any]:
     """A section's values by key, as JSON would have them."""
     values = {f.name: getattr(section, f.name) for f in fields(section)}

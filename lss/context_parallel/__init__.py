@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm import Communicator, cp_communicator
 from lss.config.errors import refuse
-from lss.config.sections import divisors_of
+from lss.config.sections import nearest
 from lss.config.support import refuse_pairs
 from lss.context_parallel.checks import check_rules, check_shapes
 from lss.context_parallel.loss import cross_entropy
@@ -247,7 +247,8 @@ def count_inner(wanted: int | str, strategy: str, n_kv_heads: int, cp: int, per_
         fitting = [n for n in range(1, min(per_node, n_kv_heads) + 1) if per_node % n == 0]
         return max(fitting) if strategy == "lss_2d" else 1
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1 or cp % wanted:
-        raise refuse("inner", wanted, f"it must divide the cp={cp} ranks; use 'auto' or {divisors_of(cp)}")
+        near = nearest(cp, wanted if isinstance(wanted, int) else 1)
+        raise refuse("inner", wanted, f"it must divide the cp={cp} ranks; {near}, or 'auto'")
     if strategy != "lss_2d" and wanted != 1:
         raise refuse("inner", wanted, f"only strategy 'lss_2d' has groups of ranks; with {strategy!r} use 'auto' or 1")
     return wanted

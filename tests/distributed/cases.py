@@ -175,7 +175,7 @@ def _put_back(x, seg, the_mesh):
 
 
 def counted_case(cp, *, S, N, K, H=8, B=1, dp=1, per_node=None, **options):
-    """What one forward and backward of attention count: {(kind, purpose, link): (calls, bytes)} of each, and the counters."""
+    """What one forward and backward count: {(kind, purpose, link): (calls, bytes)} of each, and the counters."""
     the_mesh = mesh(cp, dp, per_node)
     q, k, v, dout = (lss.shard(x, the_mesh) for x in make_qkv(B, S, N, K, H, torch.float64))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]

@@ -6,7 +6,6 @@ from itertools import product
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lss.comm import cp_communicator
 from tests.distributed.cases import attention_case, counted_case, delayed_case

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 import lss
@@ -130,6 +133,46 @@ def test_groups_of_ranks_by_size_and_stride():
     assert rank_groups(rows, 4, 1) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
     assert rank_groups(rows[:1], 2, 4) == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert rank_groups(rows[:1], 2, 2) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+MANY_RANKS = """
+import sys
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import lss
+from lss.comm import cp_communicator
+
+dist.init_process_group("fake", store=FakeStore(), rank=int(sys.argv[1]), world_size=16)
+comm = cp_communicator(lss.init_mesh(cp=8, dp=2, ranks_per_node=4, device_type="cpu"))
+for part in (comm, comm.inside, comm.across, *comm.levels(2), comm.levels(2)[1].inside, *comm.levels(4), *comm.levels(8)):
+    ranks = [] if part.group is None else dist.get_process_group_ranks(part.group)
+    print(ranks, part.link, part.arrival)
+"""
+
+
+@pytest.mark.parametrize("rank", [5, 13])
+def test_groups_of_many_ranks(rank):
+    """Two sequences on 8 ranks each, nodes of 4: who is grouped with rank 5 of a sequence."""
+    command = [sys.executable, "-c", MANY_RANKS, str(rank)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first = rank // 8 * 8
+
+    def line(ranks, link, arrival=None):
+        return f"{[first + r for r in ranks]} {link} {arrival}"
+
+    assert done.stdout.splitlines() == [
+        line(range(8), None, (0, 4, 1, 5, 2, 6, 3, 7)),
+        line([4, 5, 6, 7], "inside"),
+        line([1, 5], "across"),
+        line([4, 5], "inside"),
+        line([1, 3, 5, 7], None, (0, 2, 1, 3)),  # two on each node: in two stages as well
+        line([5, 7], "inside"),
+        line([4, 5, 6, 7], "inside"),
+        line([1, 5], "across"),
+        line(range(8), None, (0, 4, 1, 5, 2, 6, 3, 7)),
+        line([], "across"),
+    ]
 
 
 def _kept_groups():

@@ -129,7 +129,8 @@ def attention(
 
     Collectives: see the strategy's own function; "lss" issues one all-gather of K and V in forward and one
     reduce-scatter of dK and dV in backward, 2*B*S*K*H elements each, and one more all-gather with `regather`; with a
-    window or documents all-to-alls of only what is seen in their place.
+    window or documents all-to-alls of only what is seen in their place. On several nodes an all-gather or reduce-scatter
+    is two, across nodes and inside (`lss.comm.hierarchical`).
 
     Raises:
         Refused: anything that would not be computed exactly, in a sentence that names it.

@@ -177,7 +177,8 @@ def _put_back(x, seg, the_mesh):
 def counted_case(cp, *, S, N, K, H=8, B=1, dp=1, per_node=None, **options):
     """What one forward and backward count: {(kind, purpose, link): (calls, bytes)} of each, and the counters."""
     the_mesh = mesh(cp, dp, per_node)
-    q, k, v, dout = (lss.shard(x, the_mesh) for x in make_qkv(B, S, N, K, H, torch.float64))
+    whole = (x.to(the_mesh.device_type) for x in make_qkv(B, S, N, K, H, torch.float64))
+    q, k, v, dout = (lss.shard(x, the_mesh) for x in whole)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     with count_collectives() as forward:
         out = lss.attention(*leaves, mesh=the_mesh, **options)
@@ -225,7 +226,7 @@ def delayed_case(cp, strategy, seed, **options):
 
     from lss.comm import Communicator, Pending
 
-    dice = random.Random(seed * 100 + mesh(cp)["cp"].get_local_rank())
+    dice = random.Random(seed * 100 + mesh(cp, 1, options.get("per_node"))["cp"].get_local_rank())
     names = ["all_gather_kv", "reduce_scatter_dkv", "shift", "all_to_all"]
     originals = {name: getattr(Communicator, name) for name in names}
     wait = Pending.wait

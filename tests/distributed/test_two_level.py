@@ -18,15 +18,14 @@ from tests.distributed.pool import mesh, pool
 from tests.distributed.test_masks import problems
 from tests.distributed.test_parity import FEATURES, LEARNED
 
-# (cp, inner): both levels, heads alone, lss alone, a group of three, one rank
-CUTS = [(4, 2), (4, 4), (4, 1), (3, 3), (2, 2), (1, 1)]
 # (query heads, key heads): key heads for each rank, for some, one for all; shares that end within a key head's queries
 HEADS = [(4, 4), (4, 2), (9, 3), (3, 1), (6, 2)]
 PROBLEMS = list(product(["head_tail", "contiguous", "balanced"], [16, 13, 3], HEADS))
+# (cp, inner): both levels, heads alone, lss alone, a group of three, one rank; and which thirds of the problems each meets
+PARTS = {(4, 2): [0, 1, 2], (4, 4): [0, 1], (4, 1): [1], (3, 3): [2, 0], (2, 2): [1], (1, 1): [2]}
 
 
-@pytest.mark.parametrize("cp, inner", CUTS)
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("cp, inner, part", [(*cut, part) for cut, parts in PARTS.items() for part in parts])
 def test_attention_equals_softmax_in_float64(cp, inner, part):
     for number, (order, S, (N, K)) in enumerate(PROBLEMS[part::3]):
         options = {"S": S, "N": N, "K": K, "order": order, "causal": number % 2 == 0, "regather": number % 3 != 0}
@@ -37,7 +36,7 @@ def test_attention_equals_softmax_in_float64(cp, inner, part):
 
 
 @given(problems(), st.sampled_from([1, 2, 4]), st.sampled_from([None, 2]), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_combination_equals_the_oracle(problem, inner, per_node, data):
     problem |= {"strategy": "lss_2d", "head_chunks": data.draw(st.integers(1, problem["K"]))}
     for errors, *_ in pool(4).run(attention_case, 4, H=4, inner=inner, per_node=per_node, **problem):
@@ -77,7 +76,7 @@ def model_cases():
         yield pytest.param(cp, dp, {"inner": inner} | options, id=f"{name}-cp{cp}-dp{dp}-inner{inner}")
     for number, (name, options) in enumerate(FEATURES.items()):
         order = ["head_tail", "balanced", "contiguous"][number % 3]
-        for cp, dp in ((4, 1), (2, 2)):
+        for cp, dp in ((4, 1), (2, 2)) if number % 2 else ((4, 1),):
             rows = dp if "cu_seqlens" in options.get("given", {}) else 4
             how = {"order": order if rows != dp or dp == 1 else "head_tail", "rows": rows, "labels": "uneven"}
             yield pytest.param(cp, dp, {"inner": 2} | how | options, id=f"{name}-cp{cp}-dp{dp}")

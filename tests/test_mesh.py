@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 import lss
 from lss.config.errors import Refused
@@ -143,10 +145,15 @@ import lss
 from lss.comm import cp_communicator
 
 dist.init_process_group("fake", store=FakeStore(), rank=int(sys.argv[1]), world_size=16)
-comm = cp_communicator(lss.init_mesh(cp=8, dp=2, ranks_per_node=4, device_type="cpu"))
+mesh = lss.init_mesh(cp=8, dp=2, ranks_per_node=4, device_type="cpu")
+comm = cp_communicator(mesh)
 for part in (comm, comm.inside, comm.across, *comm.levels(2), comm.levels(2)[1].inside, *comm.levels(4), *comm.levels(8)):
     ranks = [] if part.group is None else dist.get_process_group_ranks(part.group)
     print(ranks, part.link, part.arrival)
+try:
+    cp_communicator(mesh["cp"]).levels(2)
+except lss.config.Refused as refusal:
+    print(refusal)
 """
 
 
@@ -172,6 +179,7 @@ def test_groups_of_many_ranks(rank):
         line([1, 5], "across"),
         line(range(8), None, (0, 4, 1, 5, 2, 6, 3, 7)),
         line([], "across"),
+        "mesh=(8,): part of one cannot be cut further; give the whole mesh.",
     ]
 
 
@@ -179,6 +187,18 @@ def _kept_groups():
     mesh = lss.init_mesh(cp=4, ranks_per_node=2)
     first = sub_group(mesh, 2, 1)
     return first is sub_group(mesh, 2, 1), first is sub_group(mesh, 2, 2), sub_group(mesh, 1, 1) is None
+
+
+def _mesh_of_torch():
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))
+    x = torch.linspace(0, 1, 8, dtype=torch.float64).view(1, 8, 1, 1).expand(1, 8, 2, 4)
+    q = lss.shard(x, mesh).contiguous()
+    out = [lss.attention(q, q, q, mesh=mesh, strategy=how, inner=inner) for how, inner in (("lss", 1), ("lss_2d", 2))]
+    return float((out[0] - out[1]).abs().max())
+
+
+def test_a_mesh_of_torch_s_own_counts_as_one_node():
+    assert max(pool(4).run(_mesh_of_torch)) < 1e-14
 
 
 def test_groups_are_made_once_a_mesh():

@@ -102,7 +102,8 @@ def attention(
         regather: backward gathers K and V again instead of keeping them from forward.
         strategy: "lss", "lss_2d", "ring" or "ulysses".
         inner: for "lss_2d", how many neighbouring ranks share out the heads of their tokens; it divides cp. "auto" is
-            the largest divisor of the cp ranks of one node that is no more than the key heads.
+            the largest divisor of the cp ranks of one node that is no more than the key heads. Every rank of the mesh
+            takes part in making the groups, at the first call that needs them.
         kernel: "auto", "sdpa" or a name of `lss.kernels.KERNELS`.
         seq_len: the true S where `lss.shard` had to pad.
         seg: the segment to compute by, instead of `order`, `seq_len` and `cu_seqlens`; with `make_segment(S, None)` the

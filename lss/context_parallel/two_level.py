@@ -40,8 +40,8 @@ def two_level_attention(
 
     None across groups where inner is cp, nor inside one where it is 1.
     Memory: q, k, v, outputs and lse of this rank's share are kept for backward, as many elements as the tokens' own (more
-    where key heads are in several shares), so that backward repeats no all-to-all; K and V gathered across groups as in
-    `lss_attention`, of m heads.
+    where key heads are in several shares), so that backward repeats no all-to-all; the outputs handed back are a second
+    tensor. K and V gathered across groups as in `lss_attention`, of m heads.
     """
     inner, outer = spec.comm.levels(spec.inner)
     exchange = HeadExchange(q_BTNH.shape, k_BTKH.shape[2], inner, spec.segment)

@@ -1,4 +1,4 @@
-"""The mesh of ranks, dp x cp, and the process group behind it."""
+"""The mesh of ranks, dp x cp, the process groups behind it, and which of its ranks share a node."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -154,7 +154,12 @@ def _init_process_group(device_type: str | None, timeout: timedelta) -> str:
 
 
 def init_mesh(
-    cp: int = 1, dp: int = 1, *, device_type: str | None = None, timeout: timedelta = timedelta(minutes=10)
+    cp: int = 1,
+    dp: int = 1,
+    *,
+    device_type: str | None = None,
+    timeout: timedelta = timedelta(minutes=10),
+    ranks_per_node: int | None = None,
 ) -> DeviceMesh:
     """Make the mesh of dp x cp ranks, starting torch's process group where there is none yet.
 
@@ -166,14 +171,20 @@ def init_mesh(
         dp: groups that take different sequences.
         device_type: "cuda" (NCCL) or "cpu" (gloo); by default CUDA where the host has a GPU for each of its ranks.
         timeout: after which a collective that not all ranks reach is given up.
+        ranks_per_node: neighbours that share a host, which matters where a cp group spans several: keys and values then
+            enter a host once. By default what the launcher says (LOCAL_WORLD_SIZE and its like), if it starts equally
+            many neighbours on each host; otherwise all ranks count as one host's.
 
     Returns:
         A torch `DeviceMesh` with axes "dp" and "cp".
 
     Raises:
-        Refused: the number of running ranks is not dp * cp, or a launcher's variables are missing or wrong.
+        Refused: the number of running ranks is not dp * cp, a launcher's variables are missing or wrong, or a
+            `ranks_per_node` of which a cp group would have unequal parts.
+
+    Collectives: where `ranks_per_node` is not given, one all-gather of two numbers.
     """
-    for name, value in (("cp", cp), ("dp", dp)):
+    for name, value in (("cp", cp), ("dp", dp), ("ranks_per_node", 1 if ranks_per_node is None else ranks_per_node)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise refuse(name, value, "give a whole number of ranks, 1 or more")
     ranks = world_size()
@@ -186,7 +197,97 @@ def init_mesh(
         device_type = device_type or ("cuda" if dist.get_backend() == "nccl" else "cpu")
     else:
         device_type = _init_process_group(device_type, timeout)
-    return init_device_mesh(device_type, (dp, cp), mesh_dim_names=("dp", "cp"))
+    if ranks_per_node is not None and cp % ranks_per_node and ranks_per_node % cp:
+        raise refuse("ranks_per_node", ranks_per_node, f"give a number that divides cp={cp}, or that cp divides")
+    mesh = init_device_mesh(device_type, (dp, cp), mesh_dim_names=("dp", "cp"))
+    setattr(mesh, _PLACES, _Places(ranks_per_node or _launched_per_node(device_type)))
+    return mesh
+
+
+# What is known of a mesh besides its axes is an attribute of it, and ends with it.
+_PLACES = "_lss_places"
+
+
+@dataclass
+class _Places:
+    """`per_node`: neighbours that share a node; `groups`: the sub-groups of the cp axis made so far, by size and stride."""
+
+    per_node: int
+    groups: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict)
+
+
+def _places(mesh: DeviceMesh) -> _Places:
+    if not hasattr(mesh, _PLACES):  # not made by init_mesh: its nodes are not known
+        setattr(mesh, _PLACES, _Places(dist.get_world_size()))
+    return getattr(mesh, _PLACES)
+
+
+def _launched_per_node(device_type: str) -> int:
+    """Ranks that the launcher started on each host; all of them where it says nothing, or hosts are not alike."""
+    try:
+        environment = rank_environment()
+    except Refused:  # variables that are left over: torch's process group was started without them
+        environment = None
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world == 1:
+        return 1
+    mine = (rank, world) if environment is None else (environment.local_rank, environment.local_world_size)
+    # every rank must come to the same answer, whatever its own host is like
+    told = torch.zeros(world, 2, dtype=torch.int64, device=device_type)
+    dist.all_gather(list(told.unbind(0)), torch.tensor(mine, dtype=torch.int64, device=device_type))
+    return same_everywhere([(int(place), int(count)) for place, count in told.tolist()])
+
+
+def same_everywhere(told: Sequence[tuple[int, int]]) -> int:
+    """Ranks per node, from each rank's (place on its node, ranks on its node); all ranks where nodes are not alike."""
+    world, count = len(told), told[0][1]
+    alike = 0 < count <= world and world % count == 0
+    return count if alike and all(pair == (rank % count, count) for rank, pair in enumerate(told)) else world
+
+
+def cp_size(mesh: DeviceMesh) -> int:
+    """Ranks that share a sequence."""
+    return mesh["cp"].size()
+
+
+def cp_ranks_per_node(mesh: DeviceMesh) -> int:
+    """How many ranks of a cp group share a node; all where they lie on one, or unequally on several."""
+    cp, per_node = cp_size(mesh), _places(mesh).per_node
+    return per_node if per_node < cp and cp % per_node == 0 else cp
+
+
+def rank_groups(ranks: Sequence[Sequence[int]], size: int, stride: int) -> list[list[int]]:
+    """Each row cut into groups of `size` ranks, each `stride` after the one before."""
+    block = size * stride
+    return [
+        list(row[start + offset : start + block : stride])
+        for row in ranks
+        for start in range(0, len(row), block)
+        for offset in range(stride)
+    ]
+
+
+def sub_group(mesh: DeviceMesh, size: int, stride: int) -> dist.ProcessGroup | None:
+    """The group of `size` cp ranks, each `stride` after the one before, that this rank is in; None for one rank.
+
+    size * stride divides cp. Made when it is first asked for, by every rank of the mesh, and kept with the mesh.
+    """
+    axis_group(mesh, ("cp",))  # refuses a mesh without it
+    if size == 1:
+        return None
+    if size == cp_size(mesh):
+        return mesh.get_group("cp")
+    groups = _places(mesh).groups
+    if (size, stride) not in groups:
+        axis = (mesh.mesh_dim_names or ()).index("cp")
+        ranks = mesh.mesh.movedim(axis, -1).reshape(-1, cp_size(mesh)).tolist()
+        if mesh.mesh.numel() != dist.get_world_size():
+            raise refuse("mesh", tuple(mesh.mesh.shape), "part of one cannot be cut further; give the whole mesh")
+        for members in rank_groups(ranks, size, stride):  # every rank takes part in making every group
+            group = dist.new_group(members)
+            if dist.get_rank() in members:
+                groups[size, stride] = group
+    return groups[size, stride]
 
 
 def axis_group(mesh: DeviceMesh, axes: Sequence[str]) -> dist.ProcessGroup | None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 import lss
 from lss.config.errors import Refused
-from lss.mesh import rank_environment
+from lss.mesh import rank_environment, rank_groups, same_everywhere, sub_group
 from tests.distributed.pool import pool
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1",
@@ -72,3 +77,129 @@ def test_a_world_that_does_not_fit_is_refused(cp, dp, words):
         assert not ok
         assert what[0] == "Refused"
         assert words in what[1]
+
+
+@pytest.mark.parametrize("per_node, words", [(3, "divides cp=4"), (0, "ranks_per_node=0"), (2.0, "ranks_per_node=2.0")])
+def test_nodes_that_a_group_has_unequal_parts_of_are_refused(per_node, words):
+    for ok, what in pool(4).outcomes(_mesh_on_nodes, per_node):
+        assert not ok
+        assert what[0] == "Refused"
+        assert words in what[1]
+
+
+def _mesh_on_nodes(per_node):
+    return lss.init_mesh(cp=4, ranks_per_node=per_node) is not None
+
+
+@pytest.mark.parametrize(
+    "told, expected",
+    [
+        ([(0, 2), (1, 2), (0, 2), (1, 2)], 2),
+        ([(0, 1), (0, 1), (0, 1)], 1),
+        ([(0, 4), (1, 4), (2, 4), (3, 4)], 4),
+        ([(0, 3), (1, 3), (2, 3), (0, 1)], 4),  # hosts of unequal size
+        ([(0, 2), (0, 2), (1, 2), (1, 2)], 4),  # dealt out in turn: neighbours are on different hosts
+        ([(0, 0), (0, 0)], 2),
+    ],
+)
+def test_nodes_are_told_apart_where_all_are_alike(told, expected):
+    assert same_everywhere(told) == expected
+
+
+def _launched(local_world, world=4):
+    """What `init_mesh` makes of a launcher's variables, on each rank of a process group that exists."""
+    import os
+
+    import torch.distributed as dist
+
+    from lss.mesh import cp_ranks_per_node
+
+    rank = dist.get_rank()
+    given = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % local_world, "LOCAL_WORLD_SIZE": local_world,
+             "MASTER_ADDR": "node1", "MASTER_PORT": 1234}  # fmt: skip
+    os.environ.update({name: str(value) for name, value in given.items()})
+    try:
+        return cp_ranks_per_node(lss.init_mesh(cp=4))
+    finally:
+        for name in given:
+            del os.environ[name]
+
+
+@pytest.mark.parametrize("local_world, expected", [(2, 2), (1, 1), (4, 4), (3, 4)])
+def test_the_launcher_says_which_ranks_share_a_node(local_world, expected):
+    assert pool(4).run(_launched, local_world) == [expected] * 4
+
+
+def test_groups_of_ranks_by_size_and_stride():
+    rows = [list(range(8)), list(range(8, 16))]
+    assert rank_groups(rows, 4, 1) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert rank_groups(rows[:1], 2, 4) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert rank_groups(rows[:1], 2, 2) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+MANY_RANKS = """
+import sys
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import lss
+from lss.comm import cp_communicator
+
+dist.init_process_group("fake", store=FakeStore(), rank=int(sys.argv[1]), world_size=16)
+mesh = lss.init_mesh(cp=8, dp=2, ranks_per_node=4, device_type="cpu")
+comm = cp_communicator(mesh)
+for part in (comm, comm.inside, comm.across, *comm.levels(2), comm.levels(2)[1].inside, *comm.levels(4), *comm.levels(8)):
+    ranks = [] if part.group is None else dist.get_process_group_ranks(part.group)
+    print(ranks, part.link, part.arrival)
+try:
+    cp_communicator(mesh["cp"]).levels(2)
+except lss.config.Refused as refusal:
+    print(refusal)
+"""
+
+
+@pytest.mark.parametrize("rank", [5, 13])
+def test_groups_of_many_ranks(rank):
+    """Two sequences on 8 ranks each, nodes of 4: who is grouped with rank 5 of a sequence."""
+    command = [sys.executable, "-c", MANY_RANKS, str(rank)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first = rank // 8 * 8
+
+    def line(ranks, link, arrival=None):
+        return f"{[first + r for r in ranks]} {link} {arrival}"
+
+    assert done.stdout.splitlines() == [
+        line(range(8), None, (0, 4, 1, 5, 2, 6, 3, 7)),
+        line([4, 5, 6, 7], "inside"),
+        line([1, 5], "across"),
+        line([4, 5], "inside"),
+        line([1, 3, 5, 7], None, (0, 2, 1, 3)),  # two on each node: in two stages as well
+        line([5, 7], "inside"),
+        line([4, 5, 6, 7], "inside"),
+        line([1, 5], "across"),
+        line(range(8), None, (0, 4, 1, 5, 2, 6, 3, 7)),
+        line([], "across"),
+        "mesh=(8,): part of one cannot be cut further; give the whole mesh.",
+    ]
+
+
+def _kept_groups():
+    mesh = lss.init_mesh(cp=4, ranks_per_node=2)
+    first = sub_group(mesh, 2, 1)
+    return first is sub_group(mesh, 2, 1), first is sub_group(mesh, 2, 2), sub_group(mesh, 1, 1) is None
+
+
+def _mesh_of_torch():
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))
+    x = torch.linspace(0, 1, 8, dtype=torch.float64).view(1, 8, 1, 1).expand(1, 8, 2, 4)
+    q = lss.shard(x, mesh).contiguous()
+    out = [lss.attention(q, q, q, mesh=mesh, strategy=how, inner=inner) for how, inner in (("lss", 1), ("lss_2d", 2))]
+    return float((out[0] - out[1]).abs().max())
+
+
+def test_a_mesh_of_torch_s_own_counts_as_one_node():
+    assert max(pool(4).run(_mesh_of_torch)) < 1e-14
+
+
+def test_groups_are_made_once_a_mesh():
+    assert pool(4).run(_kept_groups) == [(True, False, True)] * 4

@@ -17,7 +17,7 @@ from lss.bench.timing import Clock
 from lss.comm import Communicator
 from lss.config.errors import Refused, refuse
 from lss.context_parallel import STRATEGIES, AttentionOptions, attend, make_spec
-from lss.context_parallel.spec import head_groups
+from lss.context_parallel.lss import open_transport
 from lss.kernels import KERNELS, Rules, pick_kernel, single_attention
 from lss.kernels.merge import empty_lse
 from lss.segment import Segment, make_segment
@@ -179,8 +179,7 @@ def _prepare_local(inputs: Inputs, *, options: AttentionOptions, order: str, com
     q, k, v, dout = (x.detach() for x in (inputs.q_BTNH, inputs.k_BTKH, inputs.v_BTKH, inputs.dout_BTNH))
     segment = _segment(inputs, order, comm)
     spec = make_spec(q, k, Rules(causal=True), segment=segment, comm=comm, options=options)
-    groups, transport = head_groups(q.shape[2], k.shape[2], spec.head_chunks), spec.transport
-    assert transport is not None
+    groups, transport = spec.head_groups(q.shape[2], k.shape[2]), open_transport(spec, k)
     fetched = []
     for _, heads in groups:
         keys, values = transport.gather(k[:, :, heads], v[:, :, heads]).wait()

@@ -2,5 +2,13 @@
 
 from lss.comm.collectives import Communicator, Pending, communicator
 from lss.comm.counter import CollectiveCounter, count_collectives
+from lss.comm.hierarchical import cp_communicator
 
-__all__ = ["CollectiveCounter", "Communicator", "Pending", "communicator", "count_collectives"]
+__all__ = [
+    "CollectiveCounter",
+    "Communicator",
+    "Pending",
+    "communicator",
+    "count_collectives",
+    "cp_communicator",
+]

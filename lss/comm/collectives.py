@@ -55,13 +55,25 @@ class Communicator:
 
     Args:
         group: the process group, or None for a group of one rank, where every call returns its input and issues nothing.
+        link: "inside" or "across" nodes, for the counters; None where it is neither or nodes are not told apart.
+
+    Attributes:
+        arrival: the ranks in the order in which `all_gather_kv` lays out their parts and `reduce_scatter_dkv` takes them;
+            None where that is 0, 1, 2, ...
+        per_node: ranks of the group that share a node, as far as that is known; they are neighbours.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    arrival: tuple[int, ...] | None = None
+
+    def __init__(self, group: dist.ProcessGroup | None = None, link: str | None = None) -> None:
         alone = group is None or dist.get_world_size(group) == 1
         self.group = None if alone else group
         self.size = 1 if self.group is None else dist.get_world_size(self.group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
+        self.link = link
+        self.per_node = self.size
+        self.cut: Callable[[int], tuple[Communicator, Communicator]] | None = None
+        self._levels: dict[int, tuple[Communicator, Communicator]] = {}
         self._peers: dict[str, PeerMemory | None] = {}
 
     def peers(self, device: torch.device) -> PeerMemory | None:
@@ -75,33 +87,42 @@ class Communicator:
             self._peers[device.type] = open_peers(self.group, device)
         return self._peers[device.type]
 
+    def levels(self, inner: int) -> tuple[Communicator, Communicator]:
+        """(this rank's group of `inner` neighbours, the ranks at its place in every such group), where `cut` makes them."""
+        if self.cut is None:
+            assert self.size == inner == 1, "only the groups of cp_communicator can be cut"
+            return self, self
+        if inner not in self._levels:
+            self._levels[inner] = self.cut(inner)
+        return self._levels[inner]
+
     # -- the two collectives of a layer ------------------------------------------------------------------------------
 
     def all_gather_kv(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
         """Gather every rank's keys and values in one all-gather.
 
-        Returns k and v of shape (B, cp*T, K, H), tokens in rank order, as views of one buffer (tokens outermost, so
-        that the ranks' parts lie behind one another for any batch and no copy follows).
+        Returns k and v of shape (B, cp*T, K, H), ranks in the order of `arrival`, as views of one buffer (tokens outermost,
+        so that the ranks' parts lie behind one another for any batch and no copy follows).
         Collectives: one all-gather of 2*B*S*K*H elements. Memory: that buffer and a staging copy of the local part.
         """
         if self.group is None:
             return Pending((), lambda: (k_BTKH, v_BTKH))
         kv_T2BKH = torch.stack((k_BTKH.transpose(0, 1), v_BTKH.transpose(0, 1)), dim=1)
         kv_S2BKH = kv_T2BKH.new_empty(self.size * kv_T2BKH.shape[0], *kv_T2BKH.shape[1:])
-        record("all_gather", "kv", kv_S2BKH)
+        record("all_gather", "kv", kv_S2BKH, self.link)
         work = _all_gather(kv_S2BKH, kv_T2BKH, group=self.group, async_op=True)
         return Pending((work,), lambda: split_kv(kv_S2BKH), kv_T2BKH)
 
     def reduce_scatter_dkv(self, dkv_S2BKH: torch.Tensor) -> Pending[KV]:
         """Sum every rank's dK and dV and hand each rank its own tokens' part, in one reduce-scatter.
 
-        Takes a buffer (cp*T, 2, B, K, H), tokens in rank order. Returns dk and dv of shape (B, T, K, H).
+        Takes a buffer (cp*T, 2, B, K, H), ranks in the order of `arrival`. Returns dk and dv of shape (B, T, K, H).
         Collectives: one reduce-scatter of 2*B*S*K*H elements.
         """
         if self.group is None:
             return Pending((), lambda: split_kv(dkv_S2BKH))
         dkv_T2BKH = dkv_S2BKH.new_empty(dkv_S2BKH.shape[0] // self.size, *dkv_S2BKH.shape[1:])
-        record("reduce_scatter", "dkv", dkv_S2BKH)
+        record("reduce_scatter", "dkv", dkv_S2BKH, self.link)
         work = _reduce_scatter(dkv_T2BKH, dkv_S2BKH, group=self.group, async_op=True)
         return Pending((work,), lambda: split_kv(dkv_T2BKH), dkv_S2BKH)
 
@@ -116,7 +137,7 @@ class Communicator:
         kv_T2BKH = torch.stack((k_BTKH.transpose(0, 1), v_BTKH.transpose(0, 1)), dim=1)
         sent = torch.cat([kv_T2BKH[a:b] for runs in fetch.sends for a, b in runs] or [kv_T2BKH[:0]])
         received = kv_T2BKH.new_empty(fetch.length, *kv_T2BKH.shape[1:])
-        record("all_to_all", "kv", received)
+        record("all_to_all", "kv", received, self.link)
         sizes = [sum(b - a for a, b in runs) for runs in fetch.sends]
         work = dist.all_to_all_single(received, sent, list(fetch.counts), sizes, group=self.group, async_op=True)
         return Pending((work,), lambda: split_kv(_reordered(received, fetch)), sent)
@@ -134,7 +155,7 @@ class Communicator:
             at += b - a
         sizes = [sum(b - a for a, b in runs) for runs in fetch.sends]
         received = dkv_S2BKH.new_empty(sum(sizes), *dkv_S2BKH.shape[1:])
-        record("all_to_all", "dkv", sent)
+        record("all_to_all", "dkv", sent, self.link)
         work = dist.all_to_all_single(received, sent, sizes, list(fetch.counts), group=self.group, async_op=True)
 
         def result() -> KV:
@@ -155,7 +176,7 @@ class Communicator:
             return Pending((), lambda: x)
         local = x.movedim(dim, 0).contiguous()
         gathered = local.new_empty(self.size * local.shape[0], *local.shape[1:])
-        record("all_gather", purpose, gathered)
+        record("all_gather", purpose, gathered, self.link)
         work = _all_gather(gathered, local, group=self.group, async_op=True)
         return Pending((work,), lambda: gathered.movedim(0, dim), local)
 
@@ -165,7 +186,7 @@ class Communicator:
             return Pending((), lambda: x)
         whole = x.movedim(dim, 0).contiguous()
         part = whole.new_empty(whole.shape[0] // self.size, *whole.shape[1:])
-        record("reduce_scatter", purpose, whole)
+        record("reduce_scatter", purpose, whole, self.link)
         work = _reduce_scatter(part, whole, group=self.group, async_op=True)
         return Pending((work,), lambda: part.movedim(0, dim), whole)
 
@@ -175,7 +196,7 @@ class Communicator:
             return Pending((), lambda: [parts[0].reshape(-1)])
         sent = torch.cat([part.reshape(-1) for part in parts])
         received = sent.new_empty(sum(sizes))
-        record("all_to_all", purpose, sent)
+        record("all_to_all", purpose, sent, self.link)
         work = dist.all_to_all_single(
             received, sent, list(sizes), [part.numel() for part in parts], group=self.group, async_op=True
         )
@@ -190,7 +211,7 @@ class Communicator:
         # peers are named by their global rank, which is not their rank in this group
         to = dist.get_global_rank(self.group, (self.rank + 1) % self.size)
         source = dist.get_global_rank(self.group, (self.rank - 1) % self.size)
-        record("send_recv", purpose, x)
+        record("send_recv", purpose, x, self.link)
         works = dist.batch_isend_irecv(
             [dist.P2POp(dist.isend, x, to, self.group), dist.P2POp(dist.irecv, received, source, self.group)]
         )
@@ -202,7 +223,7 @@ class Communicator:
         """Sum `x` over the ranks, in place."""
         if self.group is None:
             return Pending((), lambda: x)
-        record("all_reduce", purpose, x)
+        record("all_reduce", purpose, x, self.link)
         work = dist.all_reduce(x, group=self.group, async_op=True)
         return Pending((work,), lambda: x)
 
@@ -218,18 +239,22 @@ class Communicator:
         """Copy the first rank's `x` to every rank, in place."""
         if self.group is None:
             return Pending((), lambda: x)
-        record("broadcast", purpose, x)
+        record("broadcast", purpose, x, self.link)
         work = dist.broadcast(x, dist.get_global_rank(self.group, 0), group=self.group, async_op=True)
         return Pending((work,), lambda: x)
 
 
 def communicator(mesh: DeviceMesh, axes: Sequence[str]) -> Communicator:
-    """The communicator over these axes of a mesh; one for all calls, since memory that ranks share is opened once."""
+    """The communicator over these axes of a mesh, but for "cp" alone, which is `cp_communicator`'s."""
+    return kept_with(mesh, tuple(axes), lambda: Communicator(axis_group(mesh, axes)))
+
+
+def kept_with(mesh: DeviceMesh, axes: tuple[str, ...], make: Callable[[], Communicator]) -> Communicator:
+    """One communicator for all calls on a mesh, kept with it: memory that ranks share is opened once."""
     opened: dict[tuple[str, ...], Communicator] = mesh.__dict__.setdefault("_lss_communicators", {})
-    key = tuple(axes)
-    if key not in opened:
-        opened[key] = Communicator(axis_group(mesh, key))
-    return opened[key]
+    if axes not in opened:
+        opened[axes] = make()
+    return opened[axes]
 
 
 def _reordered(received: torch.Tensor, fetch: Fetch) -> torch.Tensor:

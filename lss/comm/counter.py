@@ -2,6 +2,9 @@
 
 Bytes are the payload: the size of the gathered output, of the scatter's input, of the buffer that is reduced or sent.
 What crosses a wire is that times (n-1)/n for a gather or a scatter over n ranks.
+
+Where the ranks of a sequence lie on several nodes, a call also has a `link`: "inside" where all ranks of its group are on
+one node, "across" where no two are; None where both occur, and on one node.
 """
 
 from __future__ import annotations
@@ -28,39 +31,41 @@ class Tally:
 
 @dataclass
 class CollectiveCounter:
-    """Tallies by (kind, purpose): kind as in "all_gather", purpose as in "kv", "dkv", "gradients", "loss"."""
+    """Tallies by (kind, purpose, link): kind as in "all_gather", purpose as in "kv", "dkv", "gradients", "loss"."""
 
-    tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
+    tallies: dict[tuple[str, str, str | None], Tally] = field(default_factory=dict)
 
-    def calls(self, kind: str | None = None, purpose: str | None = None) -> int:
-        """Number of calls, of one kind and purpose or of all."""
-        return self._sum("calls", kind, purpose)
+    def calls(self, kind: str | None = None, purpose: str | None = None, link: str | None = None) -> int:
+        """Number of calls, of one kind, purpose and link or of all."""
+        return self._sum("calls", kind, purpose, link)
 
-    def elements(self, kind: str | None = None, purpose: str | None = None) -> int:
-        """Payload in elements, of one kind and purpose or of all."""
-        return self._sum("elements", kind, purpose)
+    def elements(self, kind: str | None = None, purpose: str | None = None, link: str | None = None) -> int:
+        """Payload in elements, of one kind, purpose and link or of all."""
+        return self._sum("elements", kind, purpose, link)
 
-    def bytes(self, kind: str | None = None, purpose: str | None = None) -> int:
-        """Payload in bytes, of one kind and purpose or of all."""
-        return self._sum("bytes", kind, purpose)
+    def bytes(self, kind: str | None = None, purpose: str | None = None, link: str | None = None) -> int:
+        """Payload in bytes, of one kind, purpose and link or of all."""
+        return self._sum("bytes", kind, purpose, link)
 
-    def _sum(self, what: str, kind: str | None, purpose: str | None) -> int:
+    def _sum(self, what: str, kind: str | None, purpose: str | None, link: str | None) -> int:
+        wanted = (kind, purpose, link)
         return sum(
             getattr(tally, what)
-            for (k, p), tally in self.tallies.items()
-            if kind in (None, k) and purpose in (None, p)
+            for key, tally in self.tallies.items()
+            if all(w in (None, part) for w, part in zip(wanted, key, strict=True))
         )
 
-    def add(self, kind: str, purpose: str, payload: torch.Tensor) -> None:
+    def add(self, kind: str, purpose: str, payload: torch.Tensor, link: str | None = None) -> None:
         """Count one call with this payload."""
-        tally = self.tallies.setdefault((kind, purpose), Tally())
+        tally = self.tallies.setdefault((kind, purpose, link), Tally())
         tally.calls += 1
         tally.elements += payload.numel()
         tally.bytes += payload.numel() * payload.element_size()
 
     def rows(self) -> list[tuple[str, str, int, int]]:
-        """(kind, purpose, calls, bytes), sorted, for a table."""
-        return [(kind, purpose, t.calls, t.bytes) for (kind, purpose), t in sorted(self.tallies.items())]
+        """(kind, purpose, calls, bytes), sorted, for a table; over all links."""
+        pairs = sorted({(kind, purpose) for kind, purpose, _ in self.tallies})
+        return [(*pair, self.calls(*pair), self.bytes(*pair)) for pair in pairs]
 
 
 @contextmanager
@@ -77,7 +82,7 @@ def count_collectives() -> Iterator[CollectiveCounter]:
         _LISTENING.remove(counter)
 
 
-def record(kind: str, purpose: str, payload: torch.Tensor) -> None:
+def record(kind: str, purpose: str, payload: torch.Tensor, link: str | None = None) -> None:
     """Tell every listening counter of one call."""
     for counter in _LISTENING:
-        counter.add(kind, purpose, payload)
+        counter.add(kind, purpose, payload, link)

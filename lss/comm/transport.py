@@ -71,10 +71,11 @@ class CollectiveTransport:
         if self._fetch is not None:
             return self._comm.exchange_kv(k_BTKH, v_BTKH, self._fetch)
         pending, keys = self._comm.all_gather_kv(k_BTKH, v_BTKH), self._keys
+        in_sequence = keys.orders(self._comm.arrival)[0]
 
         def result() -> KV:
             k, v = pending.wait()
-            return keys.reorder(k, 1, keys.chunk_order), keys.reorder(v, 1, keys.chunk_order)
+            return keys.reorder(k, 1, in_sequence), keys.reorder(v, 1, in_sequence)
 
         return Pending((), result)
 
@@ -91,7 +92,7 @@ class CollectiveTransport:
     def scatter(self, dkv: torch.Tensor) -> Pending[KV]:
         if self._fetch is not None:
             return self._comm.return_dkv(dkv, self._fetch)
-        return self._comm.reduce_scatter_dkv(self._keys.reorder(dkv, 0, self._keys.rank_order))
+        return self._comm.reduce_scatter_dkv(self._keys.reorder(dkv, 0, self._keys.orders(self._comm.arrival)[1]))
 
 
 class LocalTransport:

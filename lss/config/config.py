@@ -91,6 +91,7 @@ class Config:
         cp = parallel.cp if world_size is None else self._cp_of(world_size)
         if isinstance(cp, int):
             self._validate_tensor_parallel(cp)
+        self._validate_inner(cp)
 
     def _validate_kind(self) -> None:
         model, data = self.model, self.data
@@ -144,6 +145,16 @@ class Config:
         if chunks > kv_heads:
             fit = f'model.n_kv_heads={kv_heads} bounds it; use "auto" or 1 to {kv_heads}'
             raise refuse("parallel.head_chunks", chunks, fit)
+
+    def _validate_inner(self, cp: int | str) -> None:
+        inner, strategy = self.parallel.inner, self.parallel.strategy
+        if not isinstance(inner, int) or inner == 1:
+            return
+        if strategy != "lss_2d":
+            fit = f'only parallel.strategy="lss_2d" has groups of ranks; with "{strategy}" use "auto" or 1'
+            raise refuse("parallel.inner", inner, fit)
+        if isinstance(cp, int) and cp % inner:
+            raise refuse("parallel.inner", inner, f'must divide parallel.cp={cp}; {nearest(cp, inner)}, or "auto"')
 
     def _validate_tensor_parallel(self, cp: int) -> None:
         if self.parallel.strategy != "tp":

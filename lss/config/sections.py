@@ -150,7 +150,9 @@ class ParallelConfig:
 
     cp: int | str = _key("auto", int, "ranks that share each sequence; auto: all ranks / dp", low=1, choices=("auto",))
     dp: int = _key(1, int, "groups of ranks that take different sequences", low=1)
-    strategy: str = _key("lss", str, "algorithm of the cp axis", choices=("lss", "ring", "ulysses", "tp"))
+    strategy: str = _key("lss", str, "algorithm of the cp axis", choices=("lss", "lss_2d", "ring", "ulysses", "tp"))
+    inner: int | str = _key("auto", int, "lss_2d: neighbouring ranks that share out the heads; divides cp", low=1,
+                            choices=("auto",))  # fmt: skip
     order: str = _key("head_tail", str, "which tokens are a rank's",
                       choices=("head_tail", "contiguous", "balanced"))  # fmt: skip
     head_chunks: int | str = _key("auto", int, "groups of key heads gathered one after another", low=1, choices=("auto",))

@@ -22,6 +22,7 @@ class Feature:
 
 FEATURES: dict[str, Feature] = {
     "lss": Feature("strategy", "`strategy=\"lss\"`"),
+    "lss_2d": Feature("strategy", "`strategy=\"lss_2d\"`, `inner=n`: heads shared out inside groups of n ranks"),
     "ring": Feature("strategy", "`strategy=\"ring\"`"),
     "ulysses": Feature("strategy", "`strategy=\"ulysses\"`"),
     "tp": Feature("strategy", "`strategy=\"tp\"`, of a whole model"),
@@ -57,7 +58,7 @@ _KERNEL = "torch's fused kernels do not compute it; use kernel 'auto' or 'tiled'
 _FLASH4 = "flash-attn-4 is not asked to compute it here; use kernel 'auto' or 'tiled'"
 _PLACES = "the places of two sequences cannot be compared; leave one of them out"
 _WHOLE = "only strategy 'lss' gathers keys of another sequence; use 'lss'"
-_CHUNKS = "only strategy 'lss' gathers by head chunks; use 'auto' or 1"
+_CHUNKS = "only strategies 'lss' and 'lss_2d' gather by head chunks; use 'auto' or 1"
 
 
 def _pair(a: str, b: str) -> frozenset[str]:
@@ -73,7 +74,7 @@ REFUSED: dict[frozenset[str], str] = {
     _pair("flex", "dropout_p"): "FlexAttention changes scores, and drops nothing out of P; use kernel 'auto' or 'tiled'",
     _pair("sdpa_cudnn", "window"): "cuDNN has no sliding windows; use kernel 'auto'",
     **{_pair("cross-attention", f): _PLACES for f in ("causal", "window", "prefix", "alibi_slopes")},
-    **{_pair("cross-attention", s): _WHOLE for s in ("ring", "ulysses", "tp")},
+    **{_pair("cross-attention", s): _WHOLE for s in ("lss_2d", "ring", "ulysses", "tp")},
     **{_pair("head_chunks", s): _CHUNKS for s in ("ring", "ulysses", "tp")},
     _pair("prefix", "not causal"): "every token sees all others already; use causal=True, or no prefix",
 }

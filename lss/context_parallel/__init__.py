@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.comm import Communicator, communicator
-from lss.comm.transport import make_transport
+from lss.comm import Communicator, communicator, cp_communicator
 from lss.config.errors import refuse
+from lss.config.sections import nearest
 from lss.config.support import refuse_pairs
 from lss.context_parallel.checks import check_rules, check_shapes
 from lss.context_parallel.loss import cross_entropy
@@ -18,6 +18,7 @@ from lss.context_parallel.lss import lss_attention
 from lss.context_parallel.ring import ring_attention
 from lss.context_parallel.sharding import kv_segment_for, make_segment, segment_for, shard, unshard
 from lss.context_parallel.spec import AttentionSpec
+from lss.context_parallel.two_level import two_level_attention
 from lss.context_parallel.ulysses import ulysses_attention
 from lss.kernels import MaskMod, Rules, keep_rows, make_work, pick_kernel
 from lss.segment import Segment
@@ -39,6 +40,7 @@ Strategy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | No
 # The one table of algorithms. All take (q, k, v, sinks, spec) and return this rank's outputs.
 STRATEGIES: dict[str, Strategy] = {
     "lss": lss_attention,
+    "lss_2d": two_level_attention,
     "ring": ring_attention,
     "ulysses": ulysses_attention,
 }
@@ -63,6 +65,7 @@ def attention(
     head_chunks: int | str = "auto",
     regather: bool = True,
     strategy: str = "lss",
+    inner: int | str = "auto",
     kernel: str = "auto",
     transport: str = "auto",
     dkv_dtype: str = "auto",
@@ -95,10 +98,14 @@ def attention(
         scale: factor on the scores; 1 / sqrt(H) by default.
         dropout_p: probability with which an element of the softmax is dropped; `seed` is then needed, and folds the
             run's seed, the step and the layer. The bit is a hash of (seed, sample, head, i, j): the same for any cut.
-        head_chunks: how many groups of key heads are gathered one after another ("lss" only); "auto" keeps a
-            gather near 1 GiB. More chunks, less memory.
+        head_chunks: how many groups of key heads are gathered one after another ("lss" and "lss_2d"); "auto" keeps a
+            gather near 1 GiB. More chunks, less memory. Under "lss_2d" a rank's share of the key heads is cut, into
+            single ones at most.
         regather: backward gathers K and V again instead of keeping them from forward.
-        strategy: "lss", "ring" or "ulysses".
+        strategy: "lss", "lss_2d", "ring" or "ulysses".
+        inner: for "lss_2d", how many neighbouring ranks share out the heads of their tokens; it divides cp. "auto" is
+            the largest divisor of the cp ranks of one node that is no more than the key heads. Every rank of the mesh
+            takes part in making the groups, at the first call that needs them.
         kernel: "auto", "sdpa" or a name of `lss.kernels.KERNELS`.
         transport: how "lss" moves keys and their gradients: "collective" (all-gather and reduce-scatter of NCCL or gloo) or
             "symmetric" (ranks of one host write into one another's memory, beside the attention that computes; on the CPU
@@ -130,13 +137,14 @@ def attention(
 
     Collectives: see the strategy's own function; "lss" issues one all-gather of K and V in forward and one
     reduce-scatter of dK and dV in backward, 2*B*S*K*H elements each, and one more all-gather with `regather`; with a
-    window or documents all-to-alls of only what is seen in their place.
+    window or documents all-to-alls of only what is seen in their place. On several nodes an all-gather or reduce-scatter
+    is two, across nodes and inside (`lss.comm.hierarchical`).
 
     Raises:
         Refused: anything that would not be computed exactly, in a sentence that names it.
     """
     check_shapes(q, k, v)
-    comm = communicator(mesh, ("cp",))
+    comm = cp_communicator(mesh)
     segment = segment_for(q, comm, order, seq_len, seg, cu_seqlens)
     kv_segment = kv_segment_for(k, comm, segment, order, kv_seg, kv_seq_len)
     if dropout_p and samples is None:
@@ -149,7 +157,7 @@ def attention(
         None if sinks is None else torch.as_tensor(sinks, device=q.device), dropout_p, seed, samples,
     )  # fmt: skip
     check_rules(rules, q, segment, kv_segment, attention_mask)
-    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype)
+    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner)
     return attend(q, k, v, rules, segment=segment, kv_segment=kv_segment, comm=comm, options=options)
 
 
@@ -163,6 +171,7 @@ class AttentionOptions:
     kernel: str = "auto"
     transport: str = "auto"
     dkv_dtype: str = "auto"
+    inner: int | str = "auto"
 
     def features(self) -> dict[str, str]:
         """The features of `lss.config.support` that these are, each with its setting and value."""
@@ -214,22 +223,17 @@ def make_spec(
     keys = kv_segment or segment
     # the masks of the whole sequence, which every rank plans by
     work = make_work(pick_kernel(options.kernel, q, features), rules, segment, keys, q, kv_segment is not None)
-    chunks = count_head_chunks(options.head_chunks, options.strategy, k, keys.cp)
-    transport = None
-    if options.strategy == "lss":
-        transport = make_transport(
-            options.transport, comm, segment, keys, tuple(mask for _, mask in work.masks), k,
-            dkv_dtype=options.dkv_dtype, head_chunks=chunks,
-            summed=work.schedule(keys.local_runs, q.shape[1], k.shape[1]).dk_summed,
-        )  # fmt: skip
+    inner = count_inner(options.inner, options.strategy, k.shape[2], comm.size, comm.per_node)
     return AttentionSpec(
         segment=segment,
         keys=keys,
         comm=comm,
         work=work,
-        transport=transport,
-        head_chunks=chunks,
+        transport=options.transport,
+        dkv_dtype=options.dkv_dtype,
+        head_chunks=count_head_chunks(options.head_chunks, options.strategy, k, keys.cp, inner),
         regather=options.regather,
+        inner=inner,
     )
 
 
@@ -243,15 +247,33 @@ def pick_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
-def count_head_chunks(wanted: int | str, strategy: str, k_BTKH: torch.Tensor, cp: int) -> int:
+def count_head_chunks(wanted: int | str, strategy: str, k_BTKH: torch.Tensor, cp: int, inner: int = 1) -> int:
     """Resolve `head_chunks`: "auto" or a whole number from 1 to K."""
     B, T, K, H = k_BTKH.shape
+    gathers = strategy in ("lss", "lss_2d")
     if wanted == "auto":
-        gathered = 2 * B * T * cp * K * H * k_BTKH.element_size()
-        return min(K, max(1, gathered // _BYTES_PER_HEAD_CHUNK)) if strategy == "lss" and cp > 1 else 1
+        gathered = 2 * B * T * cp * -(-K // inner) * H * k_BTKH.element_size()
+        return min(K, max(1, gathered // _BYTES_PER_HEAD_CHUNK)) if gathers and cp > inner else 1
     if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= K:
         raise refuse("head_chunks", wanted, f"there are {K} key heads; use 'auto' or 1 to {K}")
-    if strategy != "lss" and wanted != 1:
-        fit = f"only strategy 'lss' gathers by head chunks; with {strategy!r} use 'auto' or 1"
+    if not gathers and wanted != 1:
+        fit = f"only strategies 'lss' and 'lss_2d' gather by head chunks; with {strategy!r} use 'auto' or 1"
         raise refuse("head_chunks", wanted, fit)
+    return wanted
+
+
+def count_inner(wanted: int | str, strategy: str, n_kv_heads: int, cp: int, per_node: int) -> int:
+    """Resolve `inner`: "auto", or a number of ranks that divides cp. 1 but for strategy "lss_2d".
+
+    "auto" stays on one node, where links are fastest, and has a key head or more for each rank, since key heads that
+    several ranks use would be sent to each.
+    """
+    if wanted == "auto":
+        fitting = [n for n in range(1, min(per_node, n_kv_heads) + 1) if per_node % n == 0]
+        return max(fitting) if strategy == "lss_2d" else 1
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1 or cp % wanted:
+        near = nearest(cp, wanted if isinstance(wanted, int) else 1)
+        raise refuse("inner", wanted, f"it must divide the cp={cp} ranks; {near}, or 'auto'")
+    if strategy != "lss_2d" and wanted != 1:
+        raise refuse("inner", wanted, f"only strategy 'lss_2d' has groups of ranks; with {strategy!r} use 'auto' or 1")
     return wanted

@@ -11,18 +11,18 @@ queries see. How keys travel is the transport's matter (`lss.comm.transport`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from lss.comm import Pending
-from lss.comm.transport import Transport
-from lss.context_parallel.spec import AttentionSpec, head_groups
+from lss.comm.transport import Transport, make_transport
+from lss.context_parallel.spec import AttentionSpec
 from lss.kernels.blocks import Ready, add_sinks_, sinks_gradient
 from lss.kernels.merge import empty_lse
 
-HeadGroups = list[tuple[slice, slice]]
+HeadGroups = Sequence[tuple[slice, slice]]
 
 
 def lss_attention(
@@ -42,7 +42,23 @@ def lss_attention(
     Memory: the fetched K and V of one head chunk (two while the next is in flight); without `regather` those of all
     chunks until backward.
     """
-    return _LSSAttention.apply(q_BTNH, k_BTKH, v_BTKH, sinks_N, spec)
+    return _LSSAttention.apply(q_BTNH, k_BTKH, v_BTKH, sinks_N, spec, open_transport(spec, k_BTKH))
+
+
+def open_transport(spec: AttentionSpec, k_BTKH: torch.Tensor) -> Transport:
+    """How this call's keys travel, or a refusal."""
+    keys, work = spec.keys, spec.work
+    return make_transport(
+        spec.transport,
+        spec.comm,
+        spec.segment,
+        keys,
+        tuple(mask for _, mask in work.masks),
+        k_BTKH,
+        dkv_dtype=spec.dkv_dtype,
+        head_chunks=len(spec.groups or ()) or spec.head_chunks,
+        summed=work.schedule(keys.local_runs, spec.segment.local_len, keys.local_len).dk_summed,
+    )
 
 
 def _fetched(
@@ -63,9 +79,8 @@ def _fetched(
 
 class _LSSAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, spec: AttentionSpec):
-        groups, transport = head_groups(q.shape[2], k.shape[2], spec.head_chunks), spec.transport
-        assert transport is not None
+    def forward(ctx, q, k, v, sinks, spec: AttentionSpec, transport: Transport):
+        groups = spec.head_groups(q.shape[2], k.shape[2])
         out, lse, kept = torch.empty_like(q), empty_lse(q), []
         for (q_heads, _), (keys, values, ready) in zip(groups, _fetched(k, v, groups, transport), strict=True):
             work = spec.work.of_heads(q_heads)
@@ -75,7 +90,7 @@ class _LSSAttention(torch.autograd.Function):
                 kept += [x.clone() for x in (keys, values)] if transport.volatile else [keys, values]
             transport.release()
         add_sinks_(out, lse, sinks)
-        ctx.spec = spec
+        ctx.spec, ctx.transport = spec, transport
         ctx.save_for_backward(q, k, v, sinks, out, lse, *kept)
         return out
 
@@ -84,8 +99,7 @@ class _LSSAttention(torch.autograd.Function):
     def backward(ctx, dout):
         spec: AttentionSpec = ctx.spec
         q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
-        groups, transport = head_groups(q.shape[2], k.shape[2], spec.head_chunks), spec.transport
-        assert transport is not None
+        groups, transport = spec.head_groups(q.shape[2], k.shape[2]), ctx.transport
         # what several calls add to is kept in float32
         summed = spec.work.schedule(transport.runs, q.shape[1], transport.length).dq_summed
         dq = torch.empty_like(q, dtype=lse.dtype if summed else q.dtype)
@@ -102,7 +116,7 @@ class _LSSAttention(torch.autograd.Function):
             home.arrive()  # the last chunk's scatter has had this chunk's time
             home.expect(k_heads, transport.scatter(dkv))
         home.arrive()
-        return dq.to(q.dtype), *home.grads, sinks_gradient(dout, out, lse, sinks), None
+        return dq.to(q.dtype), *home.grads, sinks_gradient(dout, out, lse, sinks), None, None
 
 
 class _Home:

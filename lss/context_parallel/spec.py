@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from lss.comm import Communicator
-from lss.comm.transport import Transport
 from lss.kernels import Work
 from lss.segment import Segment
 
@@ -20,18 +20,27 @@ class AttentionSpec:
         keys: the keys that this rank holds; the same segment in self-attention.
         comm: the cp group.
         work: what this rank's queries compute, for all heads.
-        transport: how keys and their gradients travel, for the algorithms that gather them.
+        transport, dkv_dtype: how keys and their gradients travel, for the algorithms that gather them.
         head_chunks: in how many nearly even groups the key heads are taken one after another.
         regather: backward fetches keys and values again instead of keeping them.
+        inner: neighbouring ranks that share out the heads of their tokens; 1 but for "lss_2d".
+        groups: (query heads, key heads) taken one after another, where they are not simply `head_chunks` even groups.
     """
 
     segment: Segment
     keys: Segment
     comm: Communicator
     work: Work
-    transport: Transport | None = None
+    transport: str = "auto"
+    dkv_dtype: str = "auto"
     head_chunks: int = 1
     regather: bool = True
+    inner: int = 1
+    groups: tuple[tuple[slice, slice], ...] | None = None
+
+    def head_groups(self, n_heads: int, n_kv_heads: int) -> Sequence[tuple[slice, slice]]:
+        """(query heads, key heads) of each head chunk."""
+        return self.groups or head_groups(n_heads, n_kv_heads, self.head_chunks)
 
 
 def head_groups(n_heads: int, n_kv_heads: int, chunks: int) -> list[tuple[slice, slice]]:

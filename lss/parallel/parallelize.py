@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.comm import Communicator, communicator
+from lss.comm import Communicator, communicator, cp_communicator
 from lss.config.errors import Refused, refuse
 from lss.config.support import refuse_pairs
-from lss.context_parallel import AttentionOptions, attend, pick_strategy
+from lss.context_parallel import AttentionOptions, attend, count_inner, pick_strategy
 from lss.context_parallel.loss import global_cross_entropy
 from lss.context_parallel.sharding import refuse_packed_rows, shard, unshard
 from lss.model import ModelOps, Transformer
@@ -32,6 +32,7 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     strategy: str = "lss",
+    inner: int | str = "auto",
     order: str = "head_tail",
     head_chunks: int | str = "auto",
     regather: bool = True,
@@ -56,8 +57,8 @@ def parallelize(
     Args:
         model: an `lss.model.Transformer`, on the mesh's device. The first rank's weights are copied to all ranks.
         mesh: from `lss.init_mesh`.
-        strategy: "lss", "ring", "ulysses" or "tp" (Megatron tensor + sequence parallelism on the cp axis).
-        order, head_chunks, regather, kernel, transport, dkv_dtype: as in `lss.attention`.
+        strategy: "lss", "lss_2d", "ring", "ulysses" or "tp" (Megatron tensor + sequence parallelism on the cp axis).
+        inner, order, head_chunks, regather, kernel, transport, dkv_dtype: as in `lss.attention`.
         checkpointing: None or "none" keeps activations, "full" keeps each block's input and computes it again.
         precut: the model is given segments, (B, T) token ids (and source ids) with `positions`, `shift_labels` and the
             whole sequence's `seq_len` (and `source_len`), instead of whole batches. `cu_seqlens` and masks stay whole.
@@ -77,7 +78,7 @@ def parallelize(
         raise refuse("offload", offload, "offloading is not supported in this version; use None")
     if hasattr(model, "parallel"):
         raise Refused("This model has been parallelized already; make a new one for another layout.")
-    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype)
+    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner)
     layout = Layout(model, mesh, order, options, checkpointing, precut, packed)
     # plain attributes: they hold no parameters, and are no modules
     object.__setattr__(model, "parallel", layout)
@@ -102,7 +103,8 @@ class Layout:
         self.mesh, self.strategy, self.order, self.options, self.precut = mesh, options.strategy, order, options, precut
         strategy = options.strategy
         self._config, self._targets, self._refuse_misfits = model.config, model.targets, model.refuse_misfits
-        self.cp, self.dp, self.all = (communicator(mesh, axes) for axes in (("cp",), ("dp",), ("dp", "cp")))
+        self.cp = cp_communicator(mesh)
+        self.dp, self.all = communicator(mesh, ("dp",)), communicator(mesh, ("dp", "cp"))
         self._run_block = block_runner(checkpointing)
         self._seq_len = model.seq_len
         self.segment(1)  # refuses an unknown order
@@ -110,6 +112,8 @@ class Layout:
         refuse_pairs(options.features() | both)
         if strategy != "tp":
             pick_strategy(strategy)
+        # refuses a number that does not fit, and makes its groups while all ranks are here
+        self.cp.levels(count_inner(options.inner, strategy, self._config.n_kv_heads, self.cp.size, self.cp.per_node))
         for tensor in (*model.parameters(), *model.buffers()):
             self.all.broadcast(tensor.data, "initial weights").wait()
         self._tp_cuts = tp.cut_weights(model, self.cp) if strategy == "tp" and self.cp.size > 1 else {}

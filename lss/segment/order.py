@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -110,17 +110,29 @@ class Segment:
     @cached_property
     def chunk_order(self) -> tuple[int, ...] | None:
         """For sequence order: which chunk of the rank-ordered gather stands at each place; None where it already does."""
-        per_rank = len(self.chunks)
-        place = {c: r * per_rank + i for r in range(self.cp) for i, c in enumerate(self.peer(r).chunks)}
-        order = tuple(place[c] for c in range(self.n_chunks))
-        return None if order == tuple(range(self.n_chunks)) else order
+        return self.orders()[0]
 
     @cached_property
     def rank_order(self) -> tuple[int, ...] | None:
         """The inverse of `chunk_order`: which chunk in sequence order stands at each place of the rank-ordered layout."""
-        if self.chunk_order is None:
-            return None
-        return tuple(c for r in range(self.cp) for c in self.peer(r).chunks)
+        return self.orders()[1]
+
+    def orders(self, ranks: tuple[int, ...] | None = None) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """(`chunk_order`, `rank_order`) where the parts of some or all ranks lie behind one another, in this order.
+
+        With some ranks, places and chunks count those that they hold only. (None, None) where the two orders agree.
+        """
+        return _orders(self, tuple(range(self.cp)) if ranks is None else ranks)
+
+    def merged(self, inner: int) -> Segment:
+        """What `inner` neighbouring ranks hold together, as one rank's part of cp / inner, in the order of the sequence."""
+        if inner == 1:
+            return self
+        if inner == self.cp:
+            return self.alone()
+        groups = [range(first, first + inner) for first in range(0, self.cp, inner)]
+        shares = tuple(tuple(sorted(c for r in group for c in self.peer(r).chunks)) for group in groups)
+        return replace(self, cp=len(groups), rank=self.rank // inner, order="balanced", shares=shares)
 
     @cached_property
     def document_positions(self) -> torch.Tensor:
@@ -146,11 +158,21 @@ class Segment:
         return make_blocks(self.local_runs, self.alone().local_runs, mask, placed=False)
 
     def reorder(self, x: torch.Tensor, dim: int, order: tuple[int, ...] | None) -> torch.Tensor:
-        """Permute the chunks of a gathered tensor (size `padded_len` along `dim`); no copy where `order` is None."""
+        """Permute the chunks of a gathered tensor along `dim`, by one of `orders`; no copy where that is None."""
         if order is None:
             return x
-        chunked = x.unflatten(dim, (self.n_chunks, self.chunk_len))
+        chunked = x.unflatten(dim, (len(order), self.chunk_len))
         return chunked.index_select(dim, torch.tensor(order, device=x.device)).flatten(dim, dim + 1)
+
+
+@lru_cache(maxsize=64)
+def _orders(segment: Segment, ranks: tuple[int, ...]) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    arriving = [chunk for rank in ranks for chunk in segment.peer(rank).chunks]
+    in_order = sorted(range(len(arriving)), key=arriving.__getitem__)
+    if in_order == list(range(len(arriving))):
+        return None, None
+    place = {at: i for i, at in enumerate(in_order)}
+    return tuple(in_order), tuple(place[at] for at in range(len(arriving)))
 
 
 def make_segment(

@@ -45,6 +45,7 @@ def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) ->
         model,
         mesh,
         strategy=parallel.strategy,
+        inner=parallel.inner,
         order=parallel.order,
         head_chunks=parallel.head_chunks,
         regather=parallel.regather,

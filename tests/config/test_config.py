@@ -119,6 +119,9 @@ def test_preset_shapes():
         ("model.d_model=24", 'heads of size 3, and rotary positions need an even one; use model.positions="learned"'),
         ("parallel.strategy=tp parallel.head_chunks=2", "use 'auto' or 1"),
         ("parallel.strategy=ulysses parallel.head_chunks=4", "parallel.head_chunks=4"),
+        ("parallel.inner=2", 'parallel.inner=2: only parallel.strategy="lss_2d"'),
+        ("parallel.inner=0 parallel.strategy=lss_2d", "parallel.inner=0"),
+        ("parallel.cp=4 parallel.inner=3 parallel.strategy=lss_2d", "parallel.inner=3: must divide parallel.cp=4"),
         ("parallel.strategy=tp parallel.cp=3", "model.n_heads=8: parallel.strategy"),
         ("train.batch_size=3 parallel.dp=4", "parallel.dp=4 x train.accumulate=1; use 4."),
         ("memory.tiles=4", "memory.tiles=4"),
@@ -238,6 +241,7 @@ def test_resolving_the_mesh():
         (["parallel.cp=2", "parallel.dp=2"], 2, "needs 4 ranks and 2 are planned"),
         (["parallel.dp=2"], 3, "parallel.dp=2: must divide the number of ranks, which is 3"),
         (["parallel.strategy=tp"], 3, "model.n_heads=8"),
+        (["parallel.strategy=lss_2d", "parallel.inner=4"], 6, 'parallel.inner=4: must divide parallel.cp=6; use 2 or 3'),
         ([], 0, "world_size=0"),
     ):
         config = load_config(None, overrides)
@@ -253,6 +257,7 @@ def test_documented_keys_are_the_keys():
 
 # how a config switches a feature of the support table on
 IN_A_CONFIG = {
+    "lss_2d": ['parallel.strategy="lss_2d"'],
     "ring": ['parallel.strategy="ring"'],
     "ulysses": ['parallel.strategy="ulysses"'],
     "tp": ['parallel.strategy="tp"'],

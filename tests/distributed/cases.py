@@ -102,13 +102,13 @@ def _sides(S, options, the_mesh, causal):
     return seg, lss.make_segment(length, None if how == "whole" else the_mesh, k_order, borders)
 
 
-def attention_case(cp, *, S, N, K, H=8, B=2, dtype=torch.float64, causal=True, dp=1, **options):
+def attention_case(cp, *, S, N, K, H=8, B=2, dtype=torch.float64, causal=True, dp=1, per_node=None, **options):
     """Relative errors of out, dq, dk, dv (and dsinks) against the oracle on this rank, and the collectives counted.
 
-    Besides those of `lss.attention` takes `keep` (rows of runs), `mask_mod` by name, `sinks` and slopes as lists, and `kv`
-    for cross-attention (see `_sides`).
+    Besides those of `lss.attention` takes `keep` (rows of runs), `mask_mod` by name, `sinks` and slopes as lists, `kv` for
+    cross-attention (see `_sides`), and `per_node`, ranks per node, as if there were several.
     """
-    the_mesh = mesh(cp, dp)
+    the_mesh = mesh(cp, dp, per_node)
     seg, kv_seg = _sides(S, options, the_mesh, causal)
     kv, k_len = options.pop("kv", None), S if kv_seg is None else kv_seg.seq_len
     whole = [x.to(the_mesh.device_type) for x in make_qkv(B, S, N, K, H, dtype, k_len=k_len)]
@@ -174,6 +174,20 @@ def _put_back(x, seg, the_mesh):
     return x if seg.cp == 1 and the_mesh["cp"].size() > 1 else lss.unshard(x, the_mesh, seg=seg)
 
 
+def counted_case(cp, *, S, N, K, H=8, B=1, dp=1, per_node=None, **options):
+    """What one forward and backward count: {(kind, purpose, link): (calls, bytes)} of each, and the counters."""
+    the_mesh = mesh(cp, dp, per_node)
+    whole = (x.to(the_mesh.device_type) for x in make_qkv(B, S, N, K, H, torch.float64))
+    q, k, v, dout = (lss.shard(x, the_mesh) for x in whole)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    with count_collectives() as forward:
+        out = lss.attention(*leaves, mesh=the_mesh, **options)
+    with count_collectives() as backward:
+        out.backward(dout)
+    found = [{key: (t.calls, t.bytes) for key, t in counter.tallies.items()} for counter in (forward, backward)]
+    return *found, forward, backward
+
+
 def order_of_events(cp, chunks):
     """What one forward and backward of LSS attention does, in order, on this rank."""
     from lss.comm import Communicator, Pending
@@ -212,7 +226,7 @@ def delayed_case(cp, strategy, seed, **options):
 
     from lss.comm import Communicator, Pending
 
-    dice = random.Random(seed * 100 + mesh(cp)["cp"].get_local_rank())
+    dice = random.Random(seed * 100 + mesh(cp, 1, options.get("per_node"))["cp"].get_local_rank())
     names = ["all_gather_kv", "reduce_scatter_dkv", "shift", "all_to_all"]
     originals = {name: getattr(Communicator, name) for name in names}
     wait = Pending.wait

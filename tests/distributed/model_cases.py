@@ -111,14 +111,14 @@ def gradient_errors(found: dict, expected: dict) -> dict[str, float]:
 
 def parity_case(
     cp, dp=1, *, seq_len=24, rows=None, labels="even", accumulate=1, dtype=torch.float64, model=None, precut=False,
-    given=None, **options,
+    given=None, per_node=None, **options,
 ):  # fmt: skip
     """Compare one step's losses, gradients, gradient norm and clipped gradients with one process.
 
     Returns a dict: worst gradient error and its parameter, relative errors of loss, norm and logits, and the
     collectives counted.
     """
-    the_mesh = mesh(cp, dp)
+    the_mesh = mesh(cp, dp, per_node)
     config = model_config(**(model or {}))
     rows = rows or 2 * dp
     device = the_mesh.device_type

@@ -111,8 +111,8 @@ def stop_pools() -> None:
 
 
 @cache
-def mesh(cp: int, dp: int = 1):
+def mesh(cp: int, dp: int = 1, ranks_per_node: int | None = None):
     """This rank's mesh of this shape; made once in a rank process, since every mesh opens process groups."""
     import lss
 
-    return lss.init_mesh(cp=cp, dp=dp)
+    return lss.init_mesh(cp=cp, dp=dp, ranks_per_node=ranks_per_node)

@@ -16,6 +16,7 @@ EDGES = [0, 4, 5, 17, 26]
 # what switches a feature on in `attention_case`, and the words that a refusal names it by
 ON = {
     "lss": ({"strategy": "lss"}, "strategy='lss'"),
+    "lss_2d": ({"strategy": "lss_2d", "inner": 2, "per_node": 2}, "strategy='lss_2d'"),
     "ring": ({"strategy": "ring"}, "strategy='ring'"),
     "ulysses": ({"strategy": "ulysses"}, "strategy='ulysses'"),
     "contiguous": ({"order": "contiguous"}, "order='contiguous'"),
@@ -61,7 +62,8 @@ def both_on(a, b):
 
 @pytest.mark.parametrize("a, b", [pair for pair in pairs() if "tp" not in pair])
 def test_every_pair_is_exact_or_refused_by_both_names(a, b):
-    outcomes = pool(CP).outcomes(attention_case, CP, S=26, N=4, K=2, H=8, B=1, **both_on(a, b))
+    cp = 4 if "lss_2d" in (a, b) else CP  # two groups of two, on two nodes
+    outcomes = pool(cp).outcomes(attention_case, cp, S=26, N=4, K=2, H=8, B=1, **both_on(a, b))
     reason = why_refused(a, b)
     for ok, result in outcomes:
         if reason is None and not {a, b} & CUDA:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lss
-from lss.comm import communicator
+from lss.comm import cp_communicator
 from lss.segment import make_mask, make_segment, plan_push
 from tests.distributed.cases import attention_case, make_qkv, oracle, relative, visible
 from tests.distributed.pool import mesh, pool
@@ -78,7 +78,7 @@ def late_case(cp, seed, rounds, order="head_tail", **options):
     """Worst error of several attentions in a row, each on other numbers, with this rank late at any step of a transfer."""
     the_mesh = mesh(cp)
     device = torch.device(the_mesh.device_type)
-    peers = communicator(the_mesh, ("cp",)).peers(device)
+    peers = cp_communicator(the_mesh).peers(device)
     dice = random.Random(seed * 100 + the_mesh["cp"].get_local_rank())
 
     def pause(_step):

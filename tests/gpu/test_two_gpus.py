@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses"])
+@pytest.mark.parametrize("strategy", ["lss", "lss_2d", "ring", "ulysses"])
 @pytest.mark.parametrize("order", ["head_tail", "contiguous"])
 @pytest.mark.parametrize("seq_len", [256, 253])
 def test_attention_in_float64(strategy, order, seq_len):
@@ -93,7 +93,7 @@ def test_two_collectives_a_layer():
 
 
 @pytest.mark.parametrize("cp, dp", [(2, 1), (1, 2)])
-@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses", "tp"])
+@pytest.mark.parametrize("strategy", ["lss", "lss_2d", "ring", "ulysses", "tp"])
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_model_gradients_in_float64(cp, dp, strategy, positions):
     options = {"strategy": strategy, "model": {"positions": positions, "n_kv_heads": 4, "dropout": 0.1},

@@ -16,6 +16,8 @@ class Mutant:
     tests: tuple[str, ...]
 
 
+TWO_LEVEL = "tests/distributed/test_two_level.py::test_gradients_equal_one_process"
+NODES = "tests/distributed/test_hierarchical.py::test_gradients_equal_one_process"
 PARITY = "tests/distributed/test_parity.py::test_gradients_equal_one_process"
 CP2 = "cp2-dp1-head_tail-rope-S24-4_2heads-1chunks"
 
@@ -203,6 +205,50 @@ MUTANTS = (
         "block.q_start < last.q_stop or block.k_start < last.k_stop",
         "block.q_start < last.q_stop",
         ("tests/kernels/test_varlen.py",),
+    ),
+    Mutant(
+        "groups that share out heads are the whole sequence group",
+        "lss/comm/hierarchical.py",
+        "comm.cut = lambda inner: (_communicator(mesh, inner, 1), ",
+        "comm.cut = lambda inner: (_communicator(mesh, cp, 1), ",
+        # the result is right: it is that of Ulysses, and so are the bytes
+        ("tests/distributed/test_two_level.py::test_heads_travel_inside_a_node_and_a_share_of_keys_across",),
+    ),
+    Mutant(
+        "heads that were shared out count from 0 in every share",
+        "lss/context_parallel/two_level.py",
+        "work=spec.work.of_heads(mine.q).of_queries(",
+        "work=spec.work.of_heads(slice(0, mine.n_q)).of_queries(",
+        (f"{TWO_LEVEL}[alibi-cp4-dp1]",),
+    ),
+    Mutant(
+        "gradients of a key head in several shares are not added up",
+        "lss/context_parallel/heads.py",
+        "grad_k[:, :, s.k] += part",
+        "grad_k[:, :, s.k] = part",
+        (f"{TWO_LEVEL}[rope-cp4-dp1-inner2]",),
+    ),
+    Mutant(
+        "keys that came over nodes are taken in the order of the ranks",
+        "lss/comm/hierarchical.py",
+        "for place in range(inside.size) for node in range(across.size))",
+        "for node in range(across.size) for place in range(inside.size))",
+        (f"{NODES}[rope-4-1-2]",),
+    ),
+    Mutant(
+        "dK and dV are summed inside a node and not across",
+        "lss/comm/hierarchical.py",
+        "partial(_scatter, self.across, dkv_T2BKH, summed)",
+        "lambda: _gather(self.across, torch.empty_like(summed), "
+        "dkv_T2BKH.copy_(summed.chunk(self.across.size)[self.across.rank]))",
+        (f"{NODES}[rope-4-1-2]",),
+    ),
+    Mutant(
+        "groups inside a node are made in the first data-parallel row only",
+        "lss/mesh.py",
+        "for members in rank_groups(ranks, size, stride):",
+        "for members in rank_groups(ranks[:1] * len(ranks), size, stride):",
+        ("tests/test_mesh.py::test_groups_of_many_ranks",),
     ),
 )
 

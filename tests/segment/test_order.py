@@ -42,6 +42,36 @@ def test_orders_undo_each_other(cut):
         assert torch.equal(segment.reorder(in_order, 0, segment.rank_order), rank_ordered)
 
 
+@given(CUTS, st.randoms())
+def test_orders_undo_each_other_whichever_rank_comes_first(cut, dice):
+    ranks = list(range(cut[1]))
+    dice.shuffle(ranks)
+    parts = segments(*cut)
+    arrived = torch.cat([parts[rank].positions for rank in ranks])
+    to_sequence, to_ranks = parts[0].orders(tuple(ranks))
+    in_order = parts[0].reorder(arrived, 0, to_sequence)
+    assert torch.equal(in_order, torch.arange(parts[0].padded_len))
+    assert torch.equal(parts[0].reorder(in_order, 0, to_ranks), arrived)
+
+
+@given(st.tuples(st.integers(1, 300), st.integers(1, 4), st.sampled_from(ORDERS)), st.integers(1, 3))
+def test_neighbours_together_hold_one_segment(cut, inner):
+    seq_len, groups, order = cut
+    parts = segments(seq_len, groups * inner, order)
+    for first in range(0, len(parts), inner):
+        group = parts[first : first + inner]
+        whole = group[0].merged(inner)
+        assert all(part.merged(inner) == whole for part in group)
+        held = torch.cat([part.positions for part in group])
+        to_sequence, to_ranks = group[0].orders(tuple(range(first, first + inner)))
+        in_order = group[0].reorder(held, 0, to_sequence)
+        assert (whole.cp, whole.rank) == (groups, first // inner)
+        # one group holds the sequence itself, without padding
+        assert torch.equal(in_order[: whole.local_len], whole.positions)
+        assert whole.local_len == (seq_len if groups == 1 and inner > 1 else inner * group[0].local_len)
+        assert torch.equal(group[0].reorder(in_order, 0, to_ranks), held)
+
+
 @given(CUTS, st.booleans())
 def test_blocks_cover_exactly_the_visible_scores(cut, causal):
     seq_len, *_ = cut

@@ -34,7 +34,8 @@ def cannot_import(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:
-        return f"{module} cannot be imported here: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        return f"{module} cannot be imported here: {type(error).__name__}: {reason}."
     return None
 
 
@@ -136,13 +137,14 @@ def _flash_attn_backward(
     elif _ring_kernel == "flash":
         unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the dropout state, not read at rate 0
         grads = aten._flash_attention_backward(
-            *_contiguous(dout, q, k, v, out), softmax_lse, None, None, q.shape[1], k.shape[1], 0.0, causal, unused, unused[:0],
-            scale=softmax_scale,
+            *_contiguous(dout, q, k, v, out), softmax_lse, None, None, q.shape[1], k.shape[1], 0.0, causal, unused,
+            unused[:0], scale=softmax_scale,
         )  # fmt: skip
     else:
         wide = _repeated(q, k, v)
-        firsts = (x.transpose(1, 2) for x in (dout, *wide, out))
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*firsts, softmax_lse, 0.0, causal, scale=softmax_scale)
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(x.transpose(1, 2) for x in (dout, *wide, out)), softmax_lse, 0.0, causal, scale=softmax_scale
+        )
         grads = [_summed(grad.transpose(1, 2), like.shape[2]) for grad, like in zip(grads, (q, k, v), strict=True)]
     for place, grad in zip((dq, dk, dv), grads, strict=True):
         if place.data_ptr() != grad.data_ptr():

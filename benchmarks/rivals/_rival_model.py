@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,3 +54,21 @@ class Tokens:
     def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
         row = torch.randint(self.shape.vocab_size, (1, self.shape.seq_len + 1), generator=self.generator).to(self.device)
         return row[:, :-1].contiguous(), row[:, 1:].contiguous()
+
+
+class Lazy:
+    """step() that builds what it steps at the first call, so that entries do not hold memory side by side."""
+
+    def __init__(self, make: Callable[[], Callable[[], float]], forget: Callable[[], None] = lambda: None) -> None:
+        self.make, self.forget, self.made = make, forget, None
+
+    def __call__(self) -> float:
+        if self.made is None:
+            self.made = self.make()
+        return self.made()
+
+    def close(self) -> None:
+        """Free the model; another call would build it anew."""
+        self.made = None
+        self.forget()
+        gc.collect()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parent))
-import _rival_kernels as kernels  # noqa: E402
+import _rival_kernels as kernels
 
 NAME = "axolotl-ringmaster"
 

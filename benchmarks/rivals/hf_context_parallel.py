@@ -13,7 +13,6 @@ arrives as None and `is_causal=True` reaches SDPA, which context_parallel has re
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 sys.path.append(str(Path(__file__).parent))
-import _rival_kernels as kernels  # noqa: E402
-import _rival_model as parts  # noqa: E402
+import _rival_kernels as kernels
+import _rival_model as parts
 
 NAME = "transformers + context_parallel"
 ATTENTION = "sdpa_maskless"
@@ -61,28 +60,12 @@ def train(config: dict, group, rank: int, world: int, device) -> list[tuple[str,
     """Rotations x how bfloat16 is used. A model is built at the first step of its entry and goes with the entry."""
     shape = parts.shape_of(config)
     rotations = ("allgather", "alltoall") if world > 1 else ("local",)
+    make = partial(_Step, shape, group, torch.device(device))
     return [
-        (f"{rotation}/cudnn/{precision}", _Lazy(partial(_Step, shape, group, torch.device(device), rotation, precision)))
+        (f"{rotation}/cudnn/{precision}", parts.Lazy(partial(make, rotation, precision)))
         for rotation in rotations
         for precision in ("autocast", "bf16")
     ]
-
-
-class _Lazy:
-    """step() that builds what it steps at the first call; `close()` lets it go."""
-
-    def __init__(self, make: Callable[[], Callable[[], float]]) -> None:
-        self.make, self.made = make, None
-
-    def __call__(self) -> float:
-        if self.made is None:
-            self.made = self.make()
-        return self.made()
-
-    def close(self) -> None:
-        """Free the model."""
-        self.made = None
-        gc.collect()
 
 
 class _Whole(torch.nn.Module):
@@ -114,7 +97,8 @@ class _Step:
         model = _llama(shape, device)
         self.masters = [p.detach().clone() for p in model.parameters()] if precision == "bf16" else []
         if self.masters:
-            model.to(torch.bfloat16)
+            for weight in model.parameters():  # not `model.to`, which would round RoPE's frequencies too
+                weight.data = weight.data.bfloat16()
         whole = _Whole(model).train()
         self.weights = list(whole.parameters())
         self.whole = whole if self.world == 1 else _replicated(whole, group)

@@ -16,7 +16,6 @@ everything that needs two streams, so run this rival in a process of its own.
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,8 +26,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).parent))
-import _rival_kernels as kernels  # noqa: E402
-import _rival_model as parts  # noqa: E402
+import _rival_kernels as kernels
+import _rival_model as parts
 
 NAME = "Megatron-core TP+SP"
 
@@ -56,28 +55,16 @@ def train(config: dict, group, rank: int, world: int, device) -> list[tuple[str,
     """One entry per core attention. A model is built at the first step of its entry and goes with the entry."""
     shape = parts.shape_of(config)
     cores: dict[str, kernels.Kernel | None] = {"local": None, **kernels.local_kernels()}
-    return [(f"tp-sp/{name}", _Lazy(partial(_Step, shape, world, torch.device(device), core))) for name, core in cores.items()]
+    make = partial(_Step, shape, world, torch.device(device))
+    return [(f"tp-sp/{name}", parts.Lazy(partial(make, core), _forget)) for name, core in cores.items()]
 
 
-class _Lazy:
-    """step() that builds what it steps at the first call; `close()` lets it go."""
+def _forget() -> None:
+    """Free the buffer of scores and gathered inputs that Megatron keeps between steps."""
+    from megatron.core import parallel_state
 
-    def __init__(self, make: Callable[[], Callable[[], float]]) -> None:
-        self.make, self.made = make, None
-
-    def __call__(self) -> float:
-        if self.made is None:
-            self.made = self.make()
-        return self.made()
-
-    def close(self) -> None:
-        """Free the model."""
-        from megatron.core import parallel_state
-
-        self.made = None
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.get_global_memory_buffer().buffer.clear()
-        gc.collect()
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.get_global_memory_buffer().buffer.clear()
 
 
 class _Step:

@@ -12,7 +12,7 @@ from lss.comm import Communicator
 from lss.config.errors import refuse
 from lss.config.support import refuse_pairs
 from lss.context_parallel.checks import check_rules, check_shapes
-from lss.context_parallel.loss import cross_entropy
+from lss.context_parallel.loss import cross_entropy, linear_cross_entropy
 from lss.context_parallel.lss import lss_attention
 from lss.context_parallel.ring import ring_attention
 from lss.context_parallel.sharding import kv_segment_for, make_segment, segment_for, shard, unshard
@@ -29,6 +29,7 @@ __all__ = [
     "attend",
     "attention",
     "cross_entropy",
+    "linear_cross_entropy",
     "make_segment",
     "shard",
     "unshard",
@@ -153,6 +154,7 @@ class AttentionOptions:
     head_chunks: int | str = "auto"
     regather: bool = True
     kernel: str = "auto"
+    deterministic: bool = False
 
     def features(self) -> dict[str, str]:
         """The features of `lss.config.support` that these are, each with its setting and value."""

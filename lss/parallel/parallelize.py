@@ -16,12 +16,12 @@ from lss.comm import Communicator
 from lss.config.errors import Refused, refuse
 from lss.config.support import refuse_pairs
 from lss.context_parallel import AttentionOptions, attend, pick_strategy
-from lss.context_parallel.loss import global_cross_entropy
+from lss.context_parallel.loss import global_linear_cross_entropy
 from lss.context_parallel.sharding import refuse_packed_rows, shard, unshard
 from lss.mesh import axis_group
 from lss.model import ModelOps, Transformer
 from lss.parallel import tensor_parallel as tp
-from lss.parallel.activation import block_runner
+from lss.parallel.activation import make_pieces, softmax_of
 from lss.parallel.grad_sync import GradSync, global_grad_norm
 from lss.segment import Segment, make_segment
 
@@ -42,6 +42,9 @@ def parallelize(
     kernel: str = "auto",
     precut: bool = False,
     packed: bool = False,
+    tiles: int | str = "auto",
+    compile: bool = False,
+    deterministic: bool = False,
 ) -> nn.Module:
     """Lay a model out over the mesh, in place; returns the same module object, parameter names unchanged.
 
@@ -57,11 +60,15 @@ def parallelize(
         mesh: from `lss.init_mesh`.
         strategy: "lss", "ring", "ulysses" or "tp" (Megatron tensor + sequence parallelism on the cp axis).
         order, head_chunks, regather, kernel: as in `lss.attention`.
-        checkpointing: None or "none" keeps activations, "full" keeps each block's input and computes it again.
+        checkpointing: None or "none" keeps activations, "full" keeps each block's input and computes it again, "attention"
+            keeps the attention's output and lse too and computes only the linear parts again, never the attention.
         precut: the model is given segments, (B, T) token ids (and source ids) with `positions`, `shift_labels` and the
             whole sequence's `seq_len` (and `source_len`), instead of whole batches. `cu_seqlens` and masks stay whole.
         packed: sequences will come with `cu_seqlens`: a learned position table, whose rows every document reads from the
             first, is then held whole by every rank. A batch with `cu_seqlens` and a table that is cut is refused.
+        tiles: tokens at a time in the loss and, where it is computed again, in the MLP; "auto" bounds the widest tensor.
+        compile: what stands between attentions is compiled by torch.compile, once for all layers.
+        deterministic: attention by deterministic kernels; the rest is `torch.use_deterministic_algorithms`.
         fsdp, offload: refused in this version.
 
     Raises:
@@ -76,13 +83,26 @@ def parallelize(
         raise refuse("offload", offload, "offloading is not supported in this version; use None")
     if hasattr(model, "parallel"):
         raise Refused("This model has been parallelized already; make a new one for another layout.")
-    options = AttentionOptions(strategy, head_chunks, regather, kernel)
-    layout = Layout(model, mesh, order, options, checkpointing, precut, packed)
+    if compile:
+        _refuse_compile(model, strategy)
+    options = AttentionOptions(strategy, head_chunks, regather, kernel, deterministic)
+    pieces = make_pieces(checkpointing, tiles=tiles, width=None if strategy == "tp" else model.config.d_mlp, compiling=compile)
+    loss = partial(global_linear_cross_entropy, tiles=tiles, softmax=softmax_of(pieces))
+    layout = Layout(model, mesh, order, options, ModelOps(pieces=pieces, loss=loss), precut, packed)
     # plain attributes: they hold no parameters, and are no modules
     object.__setattr__(model, "parallel", layout)
     object.__setattr__(model, "no_sync", layout.no_sync)
     model.register_forward_pre_hook(layout.prepare_inputs, with_kwargs=True)
     return model
+
+
+def _refuse_compile(model: Transformer, strategy: str) -> None:
+    """Refuse what would be compiled anew in every step, or not at all."""
+    if model.config.dropout:
+        fit = f"model.dropout={model.config.dropout} draws by another key in every step, each compiled anew; use dropout 0"
+        raise refuse("compile", True, fit)
+    if strategy == "tp":
+        raise refuse("compile", True, "strategy='tp' has collectives inside of what is compiled; use False")
 
 
 class Layout:
@@ -94,7 +114,7 @@ class Layout:
         mesh: DeviceMesh,
         order: str,
         options: AttentionOptions,
-        checkpointing: str | None,
+        ops: ModelOps,
         precut: bool,
         packed: bool,
     ) -> None:
@@ -104,7 +124,7 @@ class Layout:
         self.cp = Communicator(axis_group(mesh, ("cp",)))
         self.dp = Communicator(axis_group(mesh, ("dp",)))
         self.all = Communicator(axis_group(mesh, ("dp", "cp")))
-        self._run_block = block_runner(checkpointing)
+        self._ops = replace(ops, loss=partial(ops.loss, comm=self.all), position_rows=_rows_of_whole)
         self._seq_len = model.seq_len
         self.segment(1)  # refuses an unknown order
         both = {"cross-attention": 'model.kind="encoder_decoder"'} if self._config.kind == "encoder_decoder" else {}
@@ -215,7 +235,7 @@ class Layout:
 
     def ops(self, segment: Segment, source: Segment | None = None) -> ModelOps:
         """The model's operations for sequences cut like this one."""
-        ops = ModelOps(loss=partial(_loss, comm=self.all), block=self._run_block, position_rows=_rows_of_whole)
+        ops = self._ops
         if self._rows is not None:
             ops = replace(ops, position_rows=_local_rows)
         if self.strategy == "tp":
@@ -303,7 +323,3 @@ def _local_rows(table_TD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tens
 def _rows_of_whole(table_SD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
     """Rows of a table that this rank holds whole; those of padding, which may lie beyond it, reach nobody."""
     return table_SD[positions_T.clamp(max=len(table_SD) - 1)]
-
-
-def _loss(logits: torch.Tensor, labels: torch.Tensor, count, *, comm: Communicator) -> torch.Tensor:
-    return global_cross_entropy(logits, labels, comm, count)

@@ -54,6 +54,9 @@ def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) ->
         kernel=parallel.kernel,
         precut=True,
         packed=config.data.packing,
+        tiles=config.memory.tiles,
+        compile=config.train.compile,
+        deterministic=config.train.deterministic,
     )
 
 

@@ -296,8 +296,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     if max_norm > 0:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale.to(grad.dtype))
+        for dtype in {grad.dtype for grad in grads}:
+            torch._foreach_mul_([grad for grad in grads if grad.dtype == dtype], scale.to(dtype))
     return norm
 
 

@@ -115,8 +115,8 @@ MUTANTS = (
     Mutant(
         "gradients are averaged instead of summed",
         "lss/parallel/grad_sync.py",
-        "parameter.grad.copy_(part.view_as(parameter))",
-        "parameter.grad.copy_(part.view_as(parameter) / bucket.comm.size)",
+        "    *parts, flags = _parts(bucket, summed)",
+        "    *parts, flags = _parts(bucket, summed / bucket.comm.size)",
         (f"{PARITY}[float32-lss-cp2-dp1]",),
     ),
     Mutant(

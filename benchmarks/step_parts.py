@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 
 import torch
 from torch.nn import functional as F
@@ -46,15 +47,21 @@ def ms_of(step: Callable[[], None]) -> tuple[float, float]:
     return median, (max(times) - min(times)) / median
 
 
-def parts(config: ModelConfig, tokens: int, liger: bool) -> Parts:
-    """(part, by what, forward pass, FLOPs of its matrix products forward and backward)."""
-    D, V, heads, H = config.d_model, config.vocab_size, config.n_heads, config.d_model // config.n_heads
-    compiled = cache(lambda f: torch.compile(f, dynamic=False))
-    x = torch.randn(1, tokens, D, device="cuda", requires_grad=True)
-    half = partial(torch.randn, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    block = Block(config, 0).cuda()
+def half(*shape: int) -> torch.Tensor:
+    """Random activations."""
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
-    norm = make_norm(config).cuda()
+
+@cache
+def compiled(function: Callable) -> Callable:
+    """The function under torch.compile."""
+    return torch.compile(function, dynamic=False)
+
+
+def single_parts(config: ModelConfig, tokens: int, liger: bool) -> Parts:
+    """RMSNorm, rotary positions and MLP: (part, by what, forward pass, FLOPs of its matrix products in both passes)."""
+    D, heads, H = config.d_model, config.n_heads, config.d_model // config.n_heads
+    x, norm = torch.randn(1, tokens, D, device="cuda", requires_grad=True), make_norm(config).cuda()
     yield "rmsnorm", "eager", lambda: norm(x), 0
     yield "rmsnorm", "compile", lambda: compiled(norm.forward)(x), 0
     if liger:
@@ -87,14 +94,22 @@ def parts(config: ModelConfig, tokens: int, liger: bool) -> Parts:
         silu = swiglu.LigerSiLUMulFunction.apply
         yield "mlp of a quarter", "liger", lambda: mlp.down_proj(silu(mlp.gate_proj(h), mlp.up_proj(h))), flops
 
-    a, modules = half(1, tokens, heads, H), (block.attention.o_proj, block.mlp_norm, block.mlp)
+
+def pieces_of_a_block(config: ModelConfig, tokens: int, liger: bool) -> Parts:
+    """What stands before and after attention, as `checkpointing="attention"` runs it."""
+    D, heads, H = config.d_model, config.n_heads, config.d_model // config.n_heads
+    x, a = torch.randn(1, tokens, D, device="cuda", requires_grad=True), half(1, tokens, heads, H)
+    block = Block(config, 0).cuda()
+    rotation = rope(torch.arange(tokens, device="cuda"), config, torch.float32)
+    modules = block.attention.o_proj, block.mlp_norm, block.mlp
     size = tile_size("auto", tokens, config.d_mlp * 2, HIDDEN_BYTES)
     weights = [p for module in modules for p in module.parameters()]
     flops = 8 * (D * D + 3 * D * config.d_mlp) * tokens  # forward, forward again, backward
     projections = 8 * D * (D + 2 * config.n_kv_heads * H) * tokens
-    for by, compile in (("eager", False), ("compile", True)):
-        pieces = make_pieces("attention", tiles="auto", width=config.d_mlp, compiling=compile)
-        before = partial(pieces.compiled(queries_keys_values), block.attention_norm, block.attention, None, (cos, sin), (cos, sin))
+    for by, compiling in (("eager", False), ("compile", True)):
+        pieces = make_pieces("attention", tiles="auto", width=config.d_mlp, compiling=compiling)
+        project = pieces.compiled(queries_keys_values)
+        before = partial(project, block.attention_norm, block.attention, None, rotation, rotation)
         finish = pieces.compiled(after_attention)
 
         def after(x, a, tokens, finish=finish):
@@ -104,12 +119,15 @@ def parts(config: ModelConfig, tokens: int, liger: bool) -> Parts:
         yield "before attention, recomputed", by, partial(again, before, x), projections
         yield "after attention, recomputed by tiles", by, partial(recomputed, after, (x, a), weights, size), flops
 
-    del block, mlp, q, k, a, h
+
+def losses(config: ModelConfig, tokens: int, liger: bool) -> Parts:
+    """Logits and cross-entropy."""
+    D, V = config.d_model, config.vocab_size
     flat, labels = half(tokens, D), torch.randint(V, (tokens,), device="cuda")
     head = torch.nn.Parameter(torch.randn(V, D, device="cuda") * 0.02)
     flops = 6 * V * D * tokens
     for by, softmax in (("eager", softmax_tile), ("compile", compiled(softmax_tile))):
-        yield "tiled loss", by, lambda s=softmax: linear_cross_entropy_sum(flat, head, labels, softmax=s), flops
+        yield "tiled loss", by, partial(linear_cross_entropy_sum, flat, head, labels, softmax=softmax), flops
     if liger:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
 
@@ -123,7 +141,8 @@ def parts(config: ModelConfig, tokens: int, liger: bool) -> Parts:
 def measure(model: str, tokens: int, liger: bool, write: Callable[[dict], None]) -> None:
     """Every part of a model, a row each."""
     config = ModelConfig(**(PRESETS[model] | {"n_layers": 1}))
-    for part, by, forward, flops in parts(config, tokens, liger):
+    groups = (single_parts, pieces_of_a_block, losses)
+    for part, by, forward, flops in chain.from_iterable(group(config, tokens, liger) for group in groups):
 
         def step(forward=forward) -> None:
             with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
@@ -185,7 +204,7 @@ def main() -> None:
         def write(row: dict) -> None:
             row |= {"commit": options.commit, "versions": found,
                     "command": f"python benchmarks/step_parts.py --tokens {options.tokens}"}  # fmt: skip
-            print("{model:13} {part:37} {by:8} {ms} ms {status}".format(**row), row.get("tflops"), row.get("peak_bytes"), flush=True)
+            print("{model:13} {part:37} {by:8} {ms} ms {status}".format(**row), row.get("tflops"), flush=True)
             file.write(json.dumps(row) + "\n")
             file.flush()
 

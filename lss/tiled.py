@@ -229,9 +229,8 @@ def _placed(whole: Any, part: Any, like: torch.Tensor, tokens: slice, tiles: int
     """A tile's gradient in its place."""
     if tiles == 1:
         return part
-    whole = torch.zeros_like(like) if whole is None else whole
-    if part is not None:
-        whole[:, tokens] = part
+    whole = torch.empty_like(like) if whole is None else whole
+    whole[:, tokens] = 0.0 if part is None else part
     return whole
 
 

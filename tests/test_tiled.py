@@ -136,7 +136,7 @@ def test_tile_sizes():
     assert tile_size("auto", 1000, 10, 30) == 3
     assert tile_size("auto", 5, 1 << 40, 1 << 30) == 1
     for tiles in (0, -1, "all", 2.5, True):
-        with pytest.raises(Refused, match="memory.tiles"):
+        with pytest.raises(Refused, match=r"memory\.tiles"):
             lss.linear_cross_entropy(*example(), tiles=tiles)
 
 

@@ -163,7 +163,8 @@ class MemoryConfig:
     """[memory]: what is kept and where."""
 
     checkpointing: str = _key("none", str, "full: keep each block's input only; attention: keep the attention's output and "
-                              "log-sum-exp too, which spares computing it again", choices=("none", "full", "attention"))  # fmt: skip
+                              "log-sum-exp too, which spares computing it again",
+                              choices=("none", "full", "attention"))  # fmt: skip
     offload: str = _key("none", str, "where kept activations go", choices=("none",), later=("cpu", "host", "disk", True))
     tiles: int | str = _key("auto", int, "tokens at a time in the loss and, where it is computed again, in the MLP; auto: "
                             "a tile's widest tensor takes up to 1 GiB and 0.5 GiB", low=1, choices=("auto",))  # fmt: skip

@@ -18,7 +18,7 @@ from lss.config.support import refuse_pairs
 from lss.context_parallel import AttentionOptions, attend, pick_strategy
 from lss.context_parallel.loss import global_linear_cross_entropy
 from lss.context_parallel.sharding import refuse_packed_rows, shard, unshard
-from lss.mesh import axis_group
+from lss.mesh import axis_group, moved
 from lss.model import ModelOps, Transformer
 from lss.parallel import tensor_parallel as tp
 from lss.parallel.activation import make_pieces, softmax_of
@@ -86,7 +86,8 @@ def parallelize(
     if compile:
         _refuse_compile(model, strategy)
     options = AttentionOptions(strategy, head_chunks, regather, kernel, deterministic)
-    pieces = make_pieces(checkpointing, tiles=tiles, width=None if strategy == "tp" else model.config.d_mlp, compiling=compile)
+    width = None if strategy == "tp" else model.config.d_mlp
+    pieces = make_pieces(checkpointing, tiles=tiles, width=width, compiling=compile)
     loss = partial(global_linear_cross_entropy, tiles=tiles, softmax=softmax_of(pieces))
     layout = Layout(model, mesh, order, options, ModelOps(pieces=pieces, loss=loss), precut, packed)
     # plain attributes: they hold no parameters, and are no modules
@@ -172,7 +173,7 @@ class Layout:
         self._check_positions(segment)
         refuse_packed_rows(segment, ids.shape[0])
         source = self._source(inputs, ids.device)
-        inputs["places"] = segment.positions.to(ids.device)
+        inputs["places"] = moved(segment.positions, ids.device)
         if inputs.get("samples") is None:
             inputs["samples"] = self.dp.rank * ids.shape[0] + torch.arange(ids.shape[0], device=ids.device)
         return (ids,), inputs | {"ops": self.ops(segment, source)}
@@ -193,7 +194,7 @@ class Layout:
             raise refuse("source_ids", tuple(ids.shape), fit)
         if self._config.positions == "learned" and segment.seq_len > self._seq_len:
             raise refuse("source_ids", f"{segment.seq_len} tokens", f"the position table has {self._seq_len} rows")
-        inputs["source_places"] = segment.positions.to(device)
+        inputs["source_places"] = moved(segment.positions, device)
         return segment
 
     def _check_positions(self, segment: Segment) -> None:
@@ -230,7 +231,7 @@ class Layout:
         if inputs.get("positions") is not None:
             inputs["positions"] = shard(inputs["positions"], self.mesh, dim=0, seg=segment, pad_value=0)
         else:
-            inputs["positions"] = segment.document_positions.to(ids.device)
+            inputs["positions"] = moved(segment.document_positions, ids.device)
         return inputs
 
     def ops(self, segment: Segment, source: Segment | None = None) -> ModelOps:

@@ -12,6 +12,7 @@ from torch import nn
 from lss.config import Config
 from lss.data.reader import Batch, Kind
 from lss.kernels.dropout import fold
+from lss.mesh import moved
 from lss.parallel import Layout, layout_of
 from lss.segment import Segment, make_segment
 
@@ -60,11 +61,6 @@ def segment_of(config: Config, layout: Layout | None, borders: torch.Tensor | No
     if layout is None:
         return make_segment(config.data.seq_len, cp=1, rank=0, cu_seqlens=borders)
     return layout.segment(config.data.seq_len, borders)
-
-
-def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`x` on the device; through pinned memory, since a copy from any other would wait for all that the device does."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def model_inputs(batch: Batch, config: Config, device: torch.device, *, cut: bool = True) -> dict[str, Any]:

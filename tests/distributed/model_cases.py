@@ -72,7 +72,8 @@ def one_process(config, seq_len, dtype, data, dropout_seed=None, device="cpu", *
 def torch_loss(hidden, weight, labels, count):
     """Cross-entropy of all logits by autograd, what the loss by tiles is held to."""
     logits = F.linear(hidden, weight).flatten(0, 1)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten(), reduction="sum") / count
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels.flatten(), reduction="sum") / count
 
 
 def softmax_attention(q, k, v, rules, edges=None, cross=False):

@@ -99,7 +99,8 @@ def _bfloat16():
     for how in ("float64", "none", "attention"):
         exact = how == "float64"
         model = Transformer(model_config(), 64).to(torch.float64 if exact else torch.float32)
-        model = lss.parallelize(model, mesh(1), checkpointing="none" if exact else how, tiles=4 if how == "attention" else "auto")
+        options = {"checkpointing": "attention", "tiles": 4} if how == "attention" else {}
+        model = lss.parallelize(model, mesh(1), **options)
         with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
             loss = model(ids, ids).loss
             loss.backward()  # inside of autocast, where casts made without gradients must not be found again

@@ -20,7 +20,7 @@ from lss.tiled import linear_cross_entropy_sum
 # (q (B,T,N,H), k, v (B,T,K,H), rules) -> (B,T,N,H)
 AttentionOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules], torch.Tensor]
 # (hidden states (B,T,D), weight (V,D), labels (B,T), count or None) -> scalar
-LossOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "int | torch.Tensor | None"], torch.Tensor]
+LossOp = Callable[..., torch.Tensor]
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Before = Callable[..., QKV]
 Rotation = tuple[torch.Tensor, torch.Tensor] | None
@@ -101,7 +101,7 @@ class Shared:
     ops: ModelOps
     attend: AttentionOp
     rules: Rules
-    drop: Callable[[torch.Tensor, int, int, slice], torch.Tensor] | None
+    drop: Callable[..., torch.Tensor] | None
     seed: int
     rotation: Rotation = None
     source_rotation: Rotation = None

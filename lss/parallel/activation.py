@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lss.config.errors import refuse
-from lss.model.layers import AttentionOp, Before, Pieces
+from lss.model.layers import Before, Pieces
 from lss.tiled import HIDDEN_BYTES, Piece, SoftmaxTile, check_tiles, compute_dtype, recomputed, softmax_tile, tile_size
 
 CHOICES = ("none", "full", "attention")
@@ -65,7 +65,7 @@ class _Recomputing(Pieces):
         self._full, self._tiles, self._width = full, tiles, width
         self.compiled = plain.compiled
 
-    def attended(self, before: Before, attend: AttentionOp, *inputs: torch.Tensor) -> torch.Tensor:
+    def attended(self, before: Before, attend: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return attend(*before(*inputs))
         if self._full:

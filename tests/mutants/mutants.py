@@ -23,8 +23,8 @@ MUTANTS = (
     Mutant(
         "loss is a mean per rank",
         "lss/context_parallel/loss.py",
-        "count = totals[1] if num_items_in_batch is None",
-        "count = local_count if num_items_in_batch is None",
+        "count = totals[1]",
+        "count = local_count.double()",
         ("tests/distributed/test_loss.py",),
     ),
     Mutant(

@@ -100,7 +100,7 @@ def _sizes(checkpointing, tiles):
 def test_what_exists_and_what_is_kept():
     """With tiles of 5 tokens nothing is longer than its weights; blocks keep x, out and lse, and nothing of q, k, v."""
     x, lse = 64 * 16 * 4, 64 * 2 * 4
-    # what the last norm and the loss keep: three of T D and the head's gradient; rotary tables, labels and other small things
+    # what the last norm and the loss keep: three of T D and the head's gradient; rotary tables, labels, small things
     others = 3 * x + 71 * 16 * 4 + 3 * x // 2
     assert pool(1).run(_sizes, "none", 64)[0][:2] == (64 * 71, 64 * 67)
     for checkpointing, a_block, attentions in (("full", x, 2), ("attention", 2 * x + lse, 1)):

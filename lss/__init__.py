@@ -5,7 +5,7 @@ fused all-gather a layer and returns their gradients with one fused reduce-scatt
 """
 
 from lss.config.errors import Refused
-from lss.context_parallel import attention, cross_entropy, make_segment, shard, unshard
+from lss.context_parallel import attention, cross_entropy, linear_cross_entropy, make_segment, shard, unshard
 from lss.mesh import init_mesh, world_size
 from lss.parallel import clip_grad_norm_, parallelize, sum_gradients
 
@@ -17,6 +17,7 @@ __all__ = [
     "clip_grad_norm_",
     "cross_entropy",
     "init_mesh",
+    "linear_cross_entropy",
     "make_segment",
     "parallelize",
     "shard",

@@ -315,3 +315,8 @@ def close() -> None:
         # groups that garbage still holds (models and their hooks are cycles) would end with the interpreter, when gloo's
         # threads can no longer be joined, and abort the process
         gc.collect()
+
+
+def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` on the device; through pinned memory, since a copy from any other would wait for all that the device does."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x.to(device)

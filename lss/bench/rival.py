@@ -15,10 +15,11 @@ and at least one of:
         the rank's tokens lie: "contiguous", "head_tail" or "striped" (rank r holds tokens r, r + world, ...).
         f(q, k, v) takes this rank's tokens, q (B, T, N, H), k and v (B, T, K, H), which require gradients, and returns
         (B, T, N, H), differentiable: causal attention over all ranks' tokens, scores scaled by 1 / sqrt(H).
-    def train(group, rank, world) -> list[tuple[str, Callable]]
-        Entries (variant, train_step). train_step(config, group, rank, world, device) builds a model of the shape that
-        `config` says (a dict as `lss.config.Config.to_dict()` gives it) and returns step() -> float, one whole optimizer
-        step (forward, backward, clipping, AdamW) on random tokens, which returns the loss.
+    def train(config, group, rank, world, device) -> list[tuple[str, Callable]]
+        Entries (variant, step) for a model of the shape that `config` says (a dict as `lss.config.Config.to_dict()` gives
+        it). step() -> float is one whole optimizer step (forward, backward, clipping, AdamW) on random tokens and returns
+        the loss. The model is built at the first call, so that entries do not lie in memory side by side; step.close(),
+        where there is one, frees it.
 
 `group` is the process group of all ranks, None where there is one rank. Every rank calls the same functions in the same
 order, so an adapter may open process groups of its own. What an adapter raises becomes the status of its row.
@@ -49,14 +50,14 @@ class Rival:
     module: ModuleType | None
     missing: str | None = None
 
-    def entries(self, kind: str, group: Any, rank: int, world: int) -> list[tuple]:
+    def entries(self, kind: str, *arguments: Any) -> list[tuple]:
         """What the adapter offers of a kind, "attention" or "train".
 
         Raises:
             ValueError: an entry is not one of the protocol.
         """
         make: Callable[..., list[tuple]] = getattr(self.module, kind)
-        entries = [tuple(entry) for entry in make(group, rank, world)]
+        entries = [tuple(entry) for entry in make(*arguments)]
         for entry in entries:
             _check_entry(entry, 3 if kind == "attention" else 2)
         return entries

@@ -19,16 +19,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from lss.bench.rival import Rival
 from lss.bench.rows import Results, Row, full_row, run_facts
 from lss.bench.timing import Clock, spread_of
-from lss.comm import count_collectives
+from lss.comm import Communicator, count_collectives
 from lss.config import Config, load_config
 from lss.config.errors import refuse
+from lss.context_parallel.loss import global_linear_cross_entropy
 from lss.data.reader import Batch
 from lss.flops import model_flops, peak_flops
 from lss.kernels import single_attention
 from lss.kernels.dropout import fold
 from lss.model import ModelOps, Transformer
 from lss.parallel import clip_grad_norm_, layout_of
-from lss.parallel.activation import block_runner
+from lss.parallel.activation import make_pieces, softmax_of
 from lss.segment import make_segment
 from lss.train.optim import build_optimizer
 from lss.train.steps import accumulate_gradients, autocast, model_inputs, parameter_dtype
@@ -124,7 +125,6 @@ def bench_train(
 
 def _variants(plan: TrainPlan, mesh_of: Callable[[int, int], DeviceMesh], clock: Clock, facts: Row) -> list[Variant]:
     found, seen = [], set()
-    entries = _rival_entries(plan.rivals, clock)
     for text, config in plan.configs:
         S = config.data.seq_len
         if S not in seen:
@@ -132,10 +132,9 @@ def _variants(plan: TrainPlan, mesh_of: Callable[[int, int], DeviceMesh], clock:
             if plan.plain:
                 row = _row(config, {}, facts) | {"strategy": PLAIN, "order": None, "world_size": 1}
                 found.append(Variant(PLAIN, row, 1, config, partial(_plain_step, config, clock.device)))
-            for label, variant, train_step, missing in entries:
+            for label, variant, step, missing in _rival_entries(plan.rivals, config, clock):
                 row = _row(config, {}, facts) | {"strategy": variant, "kernel": None, "order": None, "rival": label}
-                how = (config.to_dict(), clock.comm.group, clock.comm.rank, clock.comm.size, clock.device)
-                build = None if train_step is None else partial(train_step, *how)
+                build = None if step is None else partial(_given, step)
                 name = f"{label} {variant or ''}"
                 found.append(Variant(name, row, clock.comm.size, config, build, checked=False, missing=missing))
         options = dict(word.split("=", 1) for word in text.split())
@@ -145,15 +144,23 @@ def _variants(plan: TrainPlan, mesh_of: Callable[[int, int], DeviceMesh], clock:
     return found
 
 
-def _rival_entries(rivals: Sequence[Rival], clock: Clock) -> list[tuple[str, str | None, Callable | None, str | None]]:
-    found: list[tuple[str, str | None, Callable | None, str | None]] = []
+def _given(step: Step) -> Step:
+    return step
+
+
+def _rival_entries(
+    rivals: Sequence[Rival], config: Config, clock: Clock
+) -> list[tuple[str, str | None, Step | None, str | None]]:
+    """(rival, variant, step, why it is missing) of all entries for this config."""
+    found: list[tuple[str, str | None, Step | None, str | None]] = []
     comm = clock.comm
     for rival in rivals:
         if not rival.offers("train"):
             continue
         failure, made = f"failed: {rival.missing}" if rival.missing else None, None
         if failure is None:
-            made, failure = clock.attempt(partial(rival.entries, "train", comm.group, comm.rank, comm.size))
+            given = (config.to_dict(), comm.group, comm.rank, comm.size, clock.device)
+            made, failure = clock.attempt(partial(rival.entries, "train", *given))
         if failure is not None:
             found.append((rival.label, None, None, failure.removeprefix("failed: ")))
         found += [(rival.label, variant, step, None) for variant, step in (made if isinstance(made, list) else [])]
@@ -201,9 +208,10 @@ def _our_step(config: Config, mesh_of: Callable[[int, int], DeviceMesh], device:
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         loss, _ = accumulate_gradients(model, batches, config, step=1)
-        clip_grad_norm_(model, config.optim.clip)
+        norm = clip_grad_norm_(model, config.optim.clip)
+        value, _ = torch.stack((loss, norm.to(loss.device))).tolist()  # the trainer's one wait for the device
         optimizer.step()
-        return loss
+        return value
 
     return step
 
@@ -216,7 +224,13 @@ def _plain_step(config: Config, device: torch.device) -> Step:
     batches = random_batches(config, range(config.train.batch_size), torch.arange(config.data.seq_len), device)
     whole = make_segment(config.data.seq_len, cp=1, rank=0)
     attention = partial(single_attention, segment=whole, kernel=config.parallel.kernel)
-    ops = ModelOps(attention=attention, block=block_runner(config.memory.checkpointing))
+    memory = config.memory
+    pieces = make_pieces(
+        memory.checkpointing, tiles=memory.tiles, width=config.model.d_mlp, compiling=config.train.compile
+    )
+    # whole sequences on one rank: the global loss over a group of one is the plain one
+    loss = partial(global_linear_cross_entropy, comm=Communicator(), tiles=memory.tiles, softmax=softmax_of(pieces))
+    ops = ModelOps(attention=attention, pieces=pieces, loss=loss)
     count = sum(batch.labels.numel() for batch in batches)
 
     def step() -> float:
@@ -264,9 +278,11 @@ def _measure(variant: Variant, plan: TrainPlan, clock: Clock, results: Results, 
             timed, failure = clock.attempt(partial(clock.time, step))  # type: ignore[arg-type]
             times += [timed[0]] if failure is None else []  # type: ignore[index]
     results.end()
+    peak = torch.cuda.max_memory_allocated() if cuda else None
+    getattr(step, "close", lambda: None)()  # a rival's model would stay with its entry
     if failure is not None:
         return {"status": failure}
-    found["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+    found["peak_bytes"] = peak
     return _numbers(variant, clock, found, times)
 
 

@@ -119,7 +119,8 @@ def _check_length(config: Config, mesh: DeviceMesh, seq_len: int) -> LengthResul
     segment = layout.segment(seq_len)
     batches = _batches(config, layout)
     with count_collectives() as counter, saved_bytes(model) as saved:
-        loss, labels = accumulate_gradients(model, batches, config, step=1)
+        total, counted = accumulate_gradients(model, batches, config, step=1)
+        loss, labels = float(total), int(counted)
     probes = leak_probes(config, mesh, batches[0])
     found = {name: layout.whole(name, _grad(p)) for name, p in model.named_parameters()}
     if mesh.get_rank() != 0:

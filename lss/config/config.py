@@ -81,6 +81,7 @@ class Config:
             raise refuse("model.vocab_size", model.vocab_size, fit)
         self._validate_kind()
         self._validate_head_chunks()
+        self._validate_compile()
         refuse_pairs(self._features())
         share = parallel.dp * train.accumulate
         if train.batch_size % share:
@@ -155,6 +156,16 @@ class Config:
             raise refuse("parallel.inner", inner, fit)
         if isinstance(cp, int) and cp % inner:
             raise refuse("parallel.inner", inner, f'must divide parallel.cp={cp}; {nearest(cp, inner)}, or "auto"')
+
+    def _validate_compile(self) -> None:
+        if not self.train.compile:
+            return
+        if self.model.dropout:
+            fit = f"model.dropout={self.model.dropout} draws by another key in every step, each compiled anew; use false"
+            raise refuse("train.compile", "true", fit)
+        if self.parallel.strategy == "tp":
+            fit = 'parallel.strategy="tp" has collectives inside of what is compiled; use false'
+            raise refuse("train.compile", "true", fit)
 
     def _validate_tensor_parallel(self, cp: int) -> None:
         if self.parallel.strategy != "tp":

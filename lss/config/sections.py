@@ -171,9 +171,12 @@ class ParallelConfig:
 class MemoryConfig:
     """[memory]: what is kept and where."""
 
-    checkpointing: str = _key("none", str, "full: keep each block's input only", choices=("none", "full"))
+    checkpointing: str = _key("none", str, "full: keep each block's input only; attention: keep the attention's output and "
+                              "log-sum-exp too, which spares computing it again",
+                              choices=("none", "full", "attention"))  # fmt: skip
     offload: str = _key("none", str, "where kept activations go", choices=("none",), later=("cpu", "host", "disk", True))
-    tiles: int | str = _key("auto", str, "sequence tiles outside attention", choices=("auto",))
+    tiles: int | str = _key("auto", int, "tokens at a time in the loss and, where it is computed again, in the MLP; auto: "
+                            "a tile's widest tensor takes up to 1 GiB and 0.5 GiB", low=1, choices=("auto",))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ class TrainConfig:
     dtype: str = _key("float32", str, "bfloat16 keeps float32 weights", choices=("float32", "bfloat16", "float64"))
     seed: int = _key(0, int, "of weights, data order and dropout", low=0)
     deterministic: bool = _key(False, bool, "only deterministic operators")
-    compile: bool = _key(False, bool, "torch.compile", later=(True,))
+    compile: bool = _key(False, bool, "torch.compile for what stands between attentions")
     eval_every: int = _key(100, int, "steps between evaluations, the last step included; 0 = never", low=0)
     eval_samples: int = _key(64, int, "held-out sequences per evaluation", low=1)
 

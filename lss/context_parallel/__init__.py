@@ -13,7 +13,7 @@ from lss.config.errors import refuse
 from lss.config.sections import nearest
 from lss.config.support import refuse_pairs
 from lss.context_parallel.checks import check_rules, check_shapes
-from lss.context_parallel.loss import cross_entropy
+from lss.context_parallel.loss import cross_entropy, linear_cross_entropy
 from lss.context_parallel.lss import lss_attention
 from lss.context_parallel.ring import ring_attention
 from lss.context_parallel.sharding import kv_segment_for, make_segment, segment_for, shard, unshard
@@ -30,6 +30,7 @@ __all__ = [
     "attend",
     "attention",
     "cross_entropy",
+    "linear_cross_entropy",
     "make_segment",
     "make_spec",
     "shard",

@@ -16,6 +16,7 @@ from lss.comm import Communicator
 from lss.config.errors import refuse
 from lss.context_parallel.sharding import IGNORE_INDEX
 from lss.mesh import axis_group
+from lss.tiled import SoftmaxTile, check_tiles, linear_cross_entropy_sum
 
 
 def cross_entropy(
@@ -58,12 +59,68 @@ def global_cross_entropy(
     """`cross_entropy` over a given group."""
     if logits.shape[:-1] != labels.shape:
         raise refuse("labels", tuple(labels.shape), f"logits are {tuple(logits.shape)}; give one label a token")
-    local_sum, local_count = sum_and_count(logits, labels, ignore_index)
+    return _global_mean(*sum_and_count(logits, labels, ignore_index), comm, num_items_in_batch)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    mesh: DeviceMesh | None = None,
+    *,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    tiles: int | str = "auto",
+) -> torch.Tensor:
+    """`cross_entropy(hidden @ weight.T, labels, mesh)`, a tile of tokens at a time: the logits never exist as a whole.
+
+    Args:
+        hidden: local, (..., D), what the logits are computed from.
+        weight: (V, D), whole on every rank.
+        labels, mesh, num_items_in_batch, ignore_index: as in `cross_entropy`.
+        tiles: tokens whose logits exist at a time; "auto" keeps them to 1 GiB.
+
+    Memory: from forward to backward the gradients of hidden and, in float32, of weight; see `lss.tiled`.
+    Collectives: one all-reduce of two float64 numbers (sum and count).
+    """
+    group = None if mesh is None else axis_group(mesh, ("dp", "cp"))
+    return global_linear_cross_entropy(hidden, weight, labels, num_items_in_batch, comm=Communicator(group), tiles=tiles,
+                                       ignore_index=ignore_index)  # fmt: skip
+
+
+def global_linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    *,
+    comm: Communicator,
+    tiles: int | str = "auto",
+    ignore_index: int = IGNORE_INDEX,
+    softmax: SoftmaxTile | None = None,
+) -> torch.Tensor:
+    """`linear_cross_entropy` over a given group."""
+    if hidden.shape[:-1] != labels.shape:
+        raise refuse("labels", tuple(labels.shape), f"hidden is {tuple(hidden.shape)}; give one label a token")
+    flat = hidden.flatten(0, -2), weight, labels.flatten()
+    local_sum = linear_cross_entropy_sum(*flat, tiles=check_tiles(tiles), ignore_index=ignore_index, softmax=softmax)
+    return _global_mean(local_sum, (labels != ignore_index).sum(), comm, num_items_in_batch)
+
+
+def _global_mean(
+    local_sum: torch.Tensor, local_count: torch.Tensor, comm: Communicator, num_items: int | torch.Tensor | None
+) -> torch.Tensor:
+    """All ranks' sum over all ranks' count (or `num_items`). Collectives: one all-reduce of two float64 numbers."""
     totals = torch.stack((local_sum.detach().double(), local_count.double()))
     totals = comm.all_reduce(totals, "loss").wait()
-    count = totals[1] if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=totals.device)
+    if num_items is None:
+        count = totals[1]
+    elif isinstance(num_items, torch.Tensor):
+        count = num_items.to(totals)
+    else:  # filled there: a copy from the host would wait for the device
+        count = torch.full_like(totals[1], num_items)
     # no label anywhere: sum 0, and the mean of nothing is defined as 0 with no gradient
-    return _GlobalMean.apply(local_sum, totals[0], count.clamp(min=1).double())
+    return _GlobalMean.apply(local_sum, totals[0], count.clamp(min=1))
 
 
 def sum_and_count(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +15,15 @@ from lss.config import ModelConfig
 from lss.config.errors import refuse
 from lss.kernels import Rules, single_attention
 from lss.kernels.dropout import fold
+from lss.tiled import linear_cross_entropy_sum
 
 # (q (B,T,N,H), k, v (B,T,K,H), rules) -> (B,T,N,H)
 AttentionOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules], torch.Tensor]
+# (hidden states (B,T,D), weight (V,D), labels (B,T), count or None) -> scalar
+LossOp = Callable[..., torch.Tensor]
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Before = Callable[..., QKV]
+Rotation = tuple[torch.Tensor, torch.Tensor] | None
 # places in a layer that draw dropout, so that no two share their numbers
 EMBEDDING, SELF_ATTENTION, CROSS_ATTENTION, MLP_OUT, PROBABILITIES, CROSS_PROBABILITIES = range(6)
 
@@ -28,12 +36,31 @@ def look_up_positions(table_SD: torch.Tensor, positions_T: torch.Tensor) -> torc
     return table_SD[positions_T]
 
 
-def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None) -> torch.Tensor:
+def mean_cross_entropy(
+    x_BTD: torch.Tensor, weight_VD: torch.Tensor, labels_BT: torch.Tensor, count: int | torch.Tensor | None
+) -> torch.Tensor:
     """Sum of the losses over the number of counted labels (or `count`), in at least float32; 0 where none counts."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    total = F.cross_entropy(logits.flatten(0, -2).to(dtype), labels.flatten(), reduction="sum")
-    counted = (labels != -100).sum() if count is None else torch.as_tensor(count, device=labels.device)
+    total = linear_cross_entropy_sum(x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten())
+    counted = (labels_BT != -100).sum() if count is None else torch.as_tensor(count, device=labels_BT.device)
     return total / counted.clamp(min=1)
+
+
+class Pieces:
+    """How a block's pieces are run: one after another, keeping what autograd keeps. A place for checkpointing."""
+
+    def compiled(self, function: Callable) -> Callable:
+        """The function that computes what this one does."""
+        return function
+
+    def attended(self, before: Before, attend: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
+        """attend(*before(*inputs))."""
+        return attend(*before(*inputs))
+
+    def after(
+        self, piece: Callable[..., torch.Tensor], parameters: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor
+    ) -> torch.Tensor:
+        """piece(x, a, slice(None)), which uses these parameters: what follows an attention whose output is `a`."""
+        return piece(x, a, slice(None))
 
 
 @dataclass(frozen=True)
@@ -43,23 +70,22 @@ class ModelOps:
     Attributes:
         attention: self-attention of the text (or of an encoder's only sequence), by rules.
         source_attention, cross_attention: an encoder-decoder's self-attention of its source, and of text to source.
-        loss: (logits (B,T,V), labels (B,T), count or None) -> scalar.
+        loss: (hidden states (B,T,D), weight (V,D), labels (B,T), count or None) -> scalar.
         positions: (T,) -> positions of the tokens that attention computes on.
         position_rows: (table, positions (T,)) -> rows (T, D) of the text's learned table.
-        enter, leave: around attention and MLP, on (B,T,D): identities, or the gather and the scatter of tensor
-            parallelism.
-        block: runs one block; a place for activation checkpointing.
+        enter, leave: around attention and MLP, on (B,T,D): the gather and the scatter of tensor parallelism, or nothing.
+        pieces: how the pieces of a block are run.
     """
 
     attention: AttentionOp = single_attention
     source_attention: AttentionOp = single_attention
     cross_attention: AttentionOp = single_attention
-    loss: Callable[[torch.Tensor, torch.Tensor, int | torch.Tensor | None], torch.Tensor] = mean_cross_entropy
+    loss: LossOp = mean_cross_entropy
     positions: Callable[[torch.Tensor], torch.Tensor] = lambda positions: positions
     position_rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = look_up_positions
-    enter: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-    leave: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-    block: Callable[..., torch.Tensor] = lambda block, *args: block(*args)
+    enter: Callable[[torch.Tensor], torch.Tensor] | None = None
+    leave: Callable[[torch.Tensor], torch.Tensor] | None = None
+    pieces: Pieces = field(default_factory=Pieces)
 
 
 @dataclass(frozen=True)
@@ -67,17 +93,18 @@ class Shared:
     """What every layer of one stack shares in one forward pass.
 
     `attend` computes its self-attention by `rules`, the layout's cross-attention that to `memory` by `cross_rules`, with
-    each layer's own window, sinks and dropout seed; `drop(x, layer, place)` is dropout of activations; rotations are
-    (cos, sin) of the tokens' positions, and of the source's positions in the text.
+    each layer's own window, sinks and dropout seed; `drop(x, layer, place, tokens)` is dropout of activations of a slice of
+    the tokens, None where there is none; rotations are (cos, sin) of the tokens' positions, and of the source's positions
+    in the text.
     """
 
     ops: ModelOps
     attend: AttentionOp
     rules: Rules
-    drop: Callable[[torch.Tensor, int, int], torch.Tensor]
+    drop: Callable[..., torch.Tensor] | None
     seed: int
-    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
-    source_rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotation: Rotation = None
+    source_rotation: Rotation = None
     cross_rules: Rules = field(default_factory=Rules)
 
 
@@ -102,22 +129,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.sinks = nn.Parameter(torch.zeros(config.n_heads)) if config.sinks else None
 
-    def forward(self, x_BTD: torch.Tensor, shared: Shared, memory_BSD: torch.Tensor | None = None) -> torch.Tensor:
-        source = x_BTD if memory_BSD is None else memory_BSD
-        # the number of heads comes from the weights, which tensor parallelism cuts
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_size))
-            for proj, x in ((self.q_proj, x_BTD), (self.k_proj, source), (self.v_proj, source))
-        )
-        of_keys = shared.source_rotation if self.cross else shared.rotation
-        if shared.rotation is not None and of_keys is not None:
-            q, k = rotate(q, *shared.rotation), rotate(k, *of_keys)
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: Shared) -> torch.Tensor:
+        """The attention itself, (B,T,N,H), by the rules of this layer; `queries_keys_values` gives its inputs."""
         attend, rules = (shared.ops.cross_attention, shared.cross_rules) if self.cross else (shared.attend, shared.rules)
         if rules.dropout_p:
             place = CROSS_PROBABILITIES if self.cross else PROBABILITIES
             rules = replace(rules, seed=fold(shared.seed, self.layer, place))
-        rules = replace(rules, window=self.window, sinks=self.sinks)
-        return self.o_proj(attend(q, k, v, rules).flatten(-2))
+        return attend(q, k, v, replace(rules, window=self.window, sinks=self.sinks))
 
 
 class MLP(nn.Module):
@@ -149,14 +167,86 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: torch.Tensor, shared: Shared, memory_BSD: torch.Tensor | None = None) -> torch.Tensor:
-        ops = shared.ops
-        attended = ops.leave(self.attention(ops.enter(self.attention_norm(x_BTD)), shared))
-        x_BTD = x_BTD + shared.drop(attended, self.layer, SELF_ATTENTION)
+        last, place = self.attention, SELF_ATTENTION
+        a_BTNH = self._attended(last, self.attention_norm, shared, shared.rotation, x_BTD)
         if self.cross_attention is not None and self.cross_norm is not None:
-            attended = self.cross_attention(self.cross_norm(x_BTD), shared, memory_BSD)
-            x_BTD = x_BTD + shared.drop(attended, self.layer, CROSS_ATTENTION)
-        hidden = ops.leave(self.mlp(ops.enter(self.mlp_norm(x_BTD))))
-        return x_BTD + shared.drop(hidden, self.layer, MLP_OUT)
+            x_BTD = self._after(last, place, shared, x_BTD, a_BTNH)
+            last, place = self.cross_attention, CROSS_ATTENTION
+            a_BTNH = self._attended(last, self.cross_norm, shared, shared.source_rotation, x_BTD, memory_BSD)
+        return self._after(last, place, shared, x_BTD, a_BTNH, self.mlp_norm, self.mlp)
+
+    def _attended(self, attention: Attention, norm: nn.Module, shared: Shared, of_keys, *inputs) -> torch.Tensor:
+        pieces = shared.ops.pieces
+        project = pieces.compiled(queries_keys_values)
+        before = partial(project, norm, attention, shared.ops.enter, shared.rotation, of_keys)
+        return pieces.attended(before, partial(attention, shared=shared), *inputs)
+
+    def _after(self, attention: Attention, place: int, shared: Shared, x_BTD, a_BTNH, *mlp: nn.Module) -> torch.Tensor:
+        """What follows an attention: its residual and, where given, norm and MLP."""
+        pieces, enter, leave = shared.ops.pieces, shared.ops.enter, shared.ops.leave
+        finish, modules = pieces.compiled(after_attention), (attention.o_proj, *mlp)
+
+        def piece(x: torch.Tensor, a: torch.Tensor, tokens: slice) -> torch.Tensor:
+            drops = None
+            if shared.drop is not None:
+                drops = tuple(partial(shared.drop, layer=self.layer, place=p, tokens=tokens) for p in (place, MLP_OUT))
+            return finish(x, a, modules, drops, enter, leave)
+
+        return pieces.after(piece, [p for module in modules for p in module.parameters()], x_BTD, a_BTNH)
+
+
+# -- the pieces: functions of tensors and modules, which know no layer, so that one compilation serves all layers ----------
+
+
+def queries_keys_values(
+    norm: nn.Module,
+    attention: Attention,
+    enter: Callable | None,
+    rotation: Rotation,
+    of_keys: Rotation,
+    x_BTD: torch.Tensor,
+    memory_BSD: torch.Tensor | None = None,
+) -> QKV:
+    """norm, projections (of keys and values from `memory` where given), rotary positions: what stands before attention."""
+    x_BTD = norm(x_BTD)
+    x_BTD = x_BTD if enter is None else enter(x_BTD)
+    source = x_BTD if memory_BSD is None else memory_BSD
+    # the number of heads comes from the weights, which tensor parallelism cuts
+    q, k, v = (
+        proj(x).unflatten(-1, (-1, attention.head_size))
+        for proj, x in ((attention.q_proj, x_BTD), (attention.k_proj, source), (attention.v_proj, source))
+    )
+    if rotation is not None and of_keys is not None:
+        q, k = rotate(q, *rotation), rotate(k, *of_keys)
+    return q, k, v
+
+
+def after_attention(
+    x_BTD: torch.Tensor,
+    a_BTNH: torch.Tensor,
+    modules: tuple[nn.Module, ...],
+    drops: tuple[Callable, Callable] | None,
+    enter: Callable | None,
+    leave: Callable | None,
+) -> torch.Tensor:
+    """x + o_proj(a), then, where `modules` holds a norm and an MLP behind o_proj, x + mlp(norm(x))."""
+    o_proj, *norm_and_mlp = modules
+
+    def added(x: torch.Tensor, y: torch.Tensor, number: int) -> torch.Tensor:
+        y = y if leave is None else leave(y)
+        return x + (y if drops is None else drops[number](y))
+
+    x_BTD = added(x_BTD, o_proj(a_BTNH.flatten(-2)), 0)
+    if not norm_and_mlp:
+        return x_BTD
+    norm, mlp = norm_and_mlp
+    hidden = norm(x_BTD)
+    return added(x_BTD, mlp(hidden if enter is None else enter(hidden)), 1)
+
+
+def normed(norm: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
+    """norm(x): what stands after the last block."""
+    return norm(x_BTD)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

@@ -6,8 +6,10 @@ weights need something else than local arithmetic are the fields of `ModelOps`; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,16 +20,32 @@ from lss.config import ModelConfig
 from lss.config.errors import refuse
 from lss.kernels import MaskMod, Rules, keep_rows, single_attention
 from lss.kernels.dropout import fold, keyed_dropout
-from lss.model.layers import EMBEDDING, AttentionOp, Block, ModelOps, Shared, alibi_slopes, make_norm, rope
+from lss.model.layers import EMBEDDING, AttentionOp, Block, ModelOps, Shared, alibi_slopes, make_norm, normed, rope
 from lss.segment import make_segment
+from lss.tiled import ambient_autocast
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """`loss` (None without labels) is global and equal on every rank; `logits` (B, T, V) are this rank's tokens'."""
+    """`loss` (None without labels) is global and equal on every rank; `logits` (B, T, V) are this rank's tokens'.
+
+    Logits are computed when they are first asked for, since the loss needs no more than a tile of them at a time; by the
+    weights of the forward pass, so before these change. `hidden` (B, T, D) is what they are computed from.
+    """
 
     loss: torch.Tensor | None
-    logits: torch.Tensor
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    autocast: Callable[[], AbstractContextManager]
+    version: int
+
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """hidden W^T."""
+        if self.weight._version != self.version:
+            raise RuntimeError("logits: the weights have changed since the forward pass; ask for logits before the update.")
+        with self.autocast():
+            return F.linear(self.hidden, self.weight)
 
 
 class Transformer(nn.Module):
@@ -91,7 +109,7 @@ class Transformer(nn.Module):
         source_positions: torch.Tensor | None = None,
         ops: ModelOps | None = None,
     ) -> ModelOutput:
-        """Compute logits and, with labels, the mean cross-entropy in nats.
+        """Compute what logits come from and, with labels, the mean cross-entropy in nats.
 
         Args:
             input_ids: (B, T) int64.
@@ -135,10 +153,10 @@ class Transformer(nn.Module):
             shared = replace(shared, source_rotation=rope(source_positions, self.config, shared.rotation[0].dtype))
         x_BTD = self._embed(input_ids, self.position_table, positions, shared, layer=0)
         x_BTD = self._run(self.blocks, x_BTD, replace(shared, cross_rules=cross_rules), memory)
-        x_BTD = self.final_norm(x_BTD)
-        logits = F.linear(x_BTD, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
-        loss = None if shift_labels is None else ops.loss(logits, shift_labels, num_items_in_batch)
-        return ModelOutput(loss, logits)
+        x_BTD = ops.pieces.compiled(normed)(self.final_norm, x_BTD)
+        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        loss = None if shift_labels is None else ops.loss(x_BTD, weight, shift_labels, num_items_in_batch)
+        return ModelOutput(loss, x_BTD, weight, ambient_autocast(x_BTD.device.type), weight._version)
 
     def targets(self, labels_BS: torch.Tensor, documents: tuple[int, ...]) -> torch.Tensor:
         """What a whole sequence's logits are compared with: its labels, for decoders shifted inside each document."""
@@ -210,10 +228,8 @@ class Transformer(nn.Module):
         assert samples is not None
         where = torch.arange(len(positions), device=positions.device) if places is None else places
 
-        def drop(x_BTD: torch.Tensor, layer: int, place: int) -> torch.Tensor:
-            if p == 0.0:
-                return x_BTD
-            return keyed_dropout(x_BTD, p, seed=fold(seed, layer, place), samples_B=samples, positions_T=where)
+        def drop(x_BTD: torch.Tensor, layer: int, place: int, tokens: slice) -> torch.Tensor:
+            return keyed_dropout(x_BTD, p, seed=fold(seed, layer, place), samples_B=samples, positions_T=where[tokens])
 
         rotation = None
         if self.config.positions == "rope":
@@ -221,14 +237,14 @@ class Transformer(nn.Module):
             # only the text's attention may compute on other tokens than the layer holds
             at = ops.positions(positions) if attend is ops.attention else positions
             rotation = rope(at, self.config, dtype)
-        return Shared(ops, attend, rules, drop, seed, rotation)
+        return Shared(ops, attend, rules, drop if p else None, seed, rotation)
 
     def _embed(self, ids, table: nn.Embedding | None, positions, shared: Shared, layer: int) -> torch.Tensor:
         x_BTD = self.embedding(ids)
         if table is not None:
             rows = shared.ops.position_rows if table is self.position_table else ModelOps().position_rows
             x_BTD = x_BTD + rows(table.weight, positions)
-        return shared.drop(x_BTD, layer, EMBEDDING)
+        return x_BTD if shared.drop is None else shared.drop(x_BTD, layer, EMBEDDING, slice(None))
 
     def _encode(self, ids, places, rules: Rules, seed: int, ops: ModelOps) -> torch.Tensor:
         """The source as the decoder sees it: (B, T_source, D)."""
@@ -246,7 +262,7 @@ class Transformer(nn.Module):
     @staticmethod
     def _run(blocks: Any, x_BTD: torch.Tensor, shared: Shared, memory: torch.Tensor | None) -> torch.Tensor:
         for block in blocks:
-            x_BTD = shared.ops.block(block, x_BTD, shared, memory)
+            x_BTD = block(x_BTD, shared, memory)
         return x_BTD
 
 

@@ -1,27 +1,147 @@
-"""Activation checkpointing: what a block keeps for its backward."""
+"""Activation checkpointing: what a block keeps for its backward, and what it computes again.
+
+A block is attentions with linear pieces before and after them (`lss.model.layers`). What each choice keeps of a block:
+
+    none        what autograd keeps
+    full        the block's input; backward computes everything again, attention and its collectives included
+    attention   the block's input, and the attention's output and lse; backward computes the linear pieces again, once,
+                and never the attention
+
+The queries, keys and values that an attention saves for its own backward would be the larger part of what is kept, so
+under "attention" a saved-tensor hook drops them as they are saved, and asks the checkpoint of the piece before for them
+when they are needed; that piece's backward then finds what that one recomputation left. "full" does the same one place
+further on, with the attention inside of the checkpoint and its output dropped where the piece after it saves it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lss.config.errors import refuse
+from lss.model.layers import Before, Pieces
+from lss.tiled import HIDDEN_BYTES, Piece, SoftmaxTile, check_tiles, compute_dtype, recomputed, softmax_tile, tile_size
 
-CHOICES = ("none", "full")
+CHOICES = ("none", "full", "attention")
 
 
-def block_runner(checkpointing: str | None):
-    """How to run a block: keeping its activations ("none"), or only its input and computing it again ("full").
+def make_pieces(checkpointing: str | None, *, tiles: int | str, width: int | None, compiling: bool) -> Pieces:
+    """How a block's pieces are run.
 
-    The recomputation repeats the block's collectives; dropout is keyed by position, so it repeats exactly.
+    Args:
+        checkpointing: of `CHOICES`; None is "none".
+        tiles: tokens at a time in the pieces after attention, where they are computed again; or "auto".
+        width: elements that a token has in the widest tensor there; None where a piece needs all tokens at once.
+        compiling: pieces are compiled by torch.compile.
     """
+    check_tiles(tiles)
     if checkpointing in (None, "none"):
-        return lambda block, *args: block(*args)
-    if checkpointing == "full":
-        return _recomputed
-    raise refuse("memory.checkpointing", checkpointing, f"use one of {', '.join(map(repr, CHOICES))}")
+        return _Compiled() if compiling else Pieces()
+    if checkpointing not in CHOICES:
+        raise refuse("memory.checkpointing", checkpointing, f"use one of {', '.join(map(repr, CHOICES))}")
+    return _Recomputing(checkpointing == "full", tiles, width, _Compiled() if compiling else Pieces())
 
 
-def _recomputed(block, *args) -> torch.Tensor:
+class _Compiled(Pieces):
+    """Each function compiled once and used by all layers; shapes are static, since a run's segments are all alike."""
+
+    def __init__(self) -> None:
+        self._done: dict[Callable, Callable] = {}
+
+    def compiled(self, function: Callable) -> Callable:
+        if function not in self._done:
+            self._done[function] = torch.compile(function, dynamic=False)
+        return self._done[function]
+
+
+class _Recomputing(Pieces):
+    """Pieces under checkpoints; `full`: attention too."""
+
+    def __init__(self, full: bool, tiles: int | str, width: int | None, plain: Pieces) -> None:
+        self._full, self._tiles, self._width = full, tiles, width
+        self.compiled = plain.compiled
+
+    def attended(self, before: Before, attend: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return attend(*before(*inputs))
+        if self._full:
+            (out,) = _checkpoint(lambda *xs: _Remembered.apply(attend(*before(*xs))), *inputs)
+            return out
+        qkv = _checkpoint(lambda *xs: _Remembered.apply(*before(*xs)), *inputs)
+        with _dropped(qkv):
+            return attend(*qkv)
+
+    def after(self, piece: Piece, parameters: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        with _dropped((a,) if self._full and torch.is_grad_enabled() else ()):
+            return recomputed(piece, (x, a), parameters, self._size(x))
+
+    def _size(self, x_BTD: torch.Tensor) -> int | None:
+        if self._width is None:
+            return None
+        bytes_per_token = x_BTD.shape[0] * self._width * compute_dtype(x_BTD).itemsize
+        return tile_size(self._tiles, x_BTD.shape[1], bytes_per_token, HIDDEN_BYTES)
+
+
+def softmax_of(pieces: Pieces) -> SoftmaxTile:
+    """The loss's softmax, compiled where pieces are."""
+    return pieces.compiled(softmax_tile)
+
+
+def _checkpoint(function: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     # nothing in a block draws from torch's generators, so their state need not be saved and restored
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class _Remembered(torch.autograd.Function):
+    """Identity on tensors at the end of a checkpoint: saved there, they can be asked for, and are computed again."""
+
+    @staticmethod
+    def forward(ctx, *tensors: torch.Tensor):
+        ctx.save_for_backward(*tensors)
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        return grads
+
+
+class _Recall:
+    """The tensors that a checkpoint remembered, asked of it once in a backward: a checkpoint hands each out once."""
+
+    def __init__(self, node: torch.autograd.graph.Node) -> None:
+        self._node, self._left = node, {}
+
+    def __call__(self, number: int) -> torch.Tensor:
+        if number not in self._left:
+            self._left = dict(enumerate(self._node.saved_tensors))  # type: ignore[attr-defined]
+        return self._left.pop(number)
+
+
+@contextmanager
+def _dropped(remembered: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """Inside, autograd keeps none of these outputs of `_Remembered`, and finds them again in backward."""
+    node = remembered[0].grad_fn if remembered else None
+    if node is None:  # nothing before this needs a gradient, so nothing could be computed again
+        yield
+        return
+    recall = _Recall(node)
+    # what is saved is a view or an alias of what was handed in; both are the same bytes, read the same way
+    numbers = {_bytes_of(x): number for number, x in enumerate(remembered)}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | int:
+        return numbers.get(_bytes_of(tensor), tensor.detach())
+
+    def unpack(packed: torch.Tensor | int) -> torch.Tensor:
+        return recall(packed) if isinstance(packed, int) else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _bytes_of(x: torch.Tensor) -> tuple:
+    return x.data_ptr(), x.shape, x.stride(), x.dtype

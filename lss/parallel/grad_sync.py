@@ -47,6 +47,7 @@ class GradSync:
 
     Collectives: one all-reduce per bucket and backward pass of its elements plus one flag per parameter; in float32
     for half precision gradients. A group of one rank costs nothing.
+    Memory: gradients become views of the buffer that they are summed in, where their dtype is its, so they are held once.
     """
 
     def __init__(
@@ -153,26 +154,39 @@ def _fill(parameters: Sequence[nn.Parameter], comm: Communicator, bucket_bytes: 
 
 def _pack(bucket: _Bucket) -> torch.Tensor:
     """All gradients of a bucket in one buffer, then one flag each: 1 where this rank has a gradient."""
-    first = bucket.parameters[0]
-    flags = torch.tensor([float(p.grad is not None) for p in bucket.parameters], dtype=bucket.dtype)
+    flags = torch.ones(len(bucket.parameters), dtype=bucket.dtype, device=bucket.parameters[0].device)
+    for number, parameter in enumerate(bucket.parameters):
+        if parameter.grad is None:
+            flags[number : number + 1].zero_()  # filled there: a copy from the host would wait for the device
     parts = [
         torch.zeros(p.numel(), dtype=bucket.dtype, device=p.device) if p.grad is None else p.grad.flatten().to(bucket.dtype)
         for p in bucket.parameters
     ]
-    return torch.cat((*parts, flags.to(first.device)))
+    packed = torch.cat((*parts, flags))
+    for parameter, part in zip(bucket.parameters, _parts(bucket, packed), strict=False):
+        if parameter.grad is not None and parameter.dtype == bucket.dtype:
+            # `.data`: a version of its own, by which a second sum over ranks is noticed
+            parameter.grad = part.view_as(parameter).data
+    return packed
+
+
+def _parts(bucket: _Bucket, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each parameter's part of a bucket's buffer, then the flags."""
+    sizes = [p.numel() for p in bucket.parameters]
+    return packed.split((*sizes, len(sizes)))
 
 
 def _unpack(bucket: _Bucket, summed: torch.Tensor) -> None:
-    sizes = [p.numel() for p in bucket.parameters]
-    *parts, flags = summed.split((*sizes, len(sizes)))
+    *parts, flags = _parts(bucket, summed)
     # a parameter that no rank used keeps no gradient, so that the optimizer passes over it as on one process
-    used = [True] * len(sizes) if all(p.grad is not None for p in bucket.parameters) else (flags > 0).tolist()
+    used = [True] * len(parts) if all(p.grad is not None for p in bucket.parameters) else (flags > 0).tolist()
     for parameter, part, has_gradient in zip(bucket.parameters, parts, used, strict=True):
         if not has_gradient:
             continue
-        if parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
-        parameter.grad.copy_(part.view_as(parameter))
+        if parameter.dtype == bucket.dtype:
+            parameter.grad = part.view_as(parameter).data
+        else:
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
 
 def global_grad_norm(groups: Sequence[tuple[Sequence[nn.Parameter], Communicator]]) -> torch.Tensor:
@@ -183,12 +197,12 @@ def global_grad_norm(groups: Sequence[tuple[Sequence[nn.Parameter], Communicator
 
     Collectives: one all-reduce of one number per cut group.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    device = next((p.device for parameters, _ in groups for p in parameters), torch.device("cpu"))
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for parameters, comm in groups:
         grads = [p.grad.detach() for p in parameters if p.grad is not None]
-        device = grads[0].device if grads else total.device
         squares = torch.zeros((), dtype=torch.float64, device=device)
-        for norm in torch._foreach_norm(grads) if grads else ():
-            squares = squares + norm.double() ** 2
-        total = total.to(device) + comm.all_reduce(squares, "gradient norm").wait()
+        if grads:
+            squares = torch.stack([norm.double() for norm in torch._foreach_norm(grads)]).square().sum()
+        total = total + comm.all_reduce(squares, "gradient norm").wait()
     return total.sqrt()

@@ -16,11 +16,12 @@ from lss.comm import Communicator, communicator, cp_communicator
 from lss.config.errors import Refused, refuse
 from lss.config.support import refuse_pairs
 from lss.context_parallel import AttentionOptions, attend, count_inner, pick_strategy
-from lss.context_parallel.loss import global_cross_entropy
+from lss.context_parallel.loss import global_linear_cross_entropy
 from lss.context_parallel.sharding import refuse_packed_rows, shard, unshard
+from lss.mesh import moved
 from lss.model import ModelOps, Transformer
 from lss.parallel import tensor_parallel as tp
-from lss.parallel.activation import block_runner
+from lss.parallel.activation import make_pieces, softmax_of
 from lss.parallel.grad_sync import GradSync, global_grad_norm
 from lss.segment import Segment, make_segment
 
@@ -44,6 +45,8 @@ def parallelize(
     dkv_dtype: str = "auto",
     precut: bool = False,
     packed: bool = False,
+    tiles: int | str = "auto",
+    compile: bool = False,
 ) -> nn.Module:
     """Lay a model out over the mesh, in place; returns the same module object, parameter names unchanged.
 
@@ -59,11 +62,14 @@ def parallelize(
         mesh: from `lss.init_mesh`.
         strategy: "lss", "lss_2d", "ring", "ulysses" or "tp" (Megatron tensor + sequence parallelism on the cp axis).
         inner, order, head_chunks, regather, kernel, transport, dkv_dtype: as in `lss.attention`.
-        checkpointing: None or "none" keeps activations, "full" keeps each block's input and computes it again.
+        checkpointing: None or "none" keeps activations, "full" keeps each block's input and computes it again, "attention"
+            keeps the attention's output and lse too and computes only the linear parts again, never the attention.
         precut: the model is given segments, (B, T) token ids (and source ids) with `positions`, `shift_labels` and the
             whole sequence's `seq_len` (and `source_len`), instead of whole batches. `cu_seqlens` and masks stay whole.
         packed: sequences will come with `cu_seqlens`: a learned position table, whose rows every document reads from the
             first, is then held whole by every rank. A batch with `cu_seqlens` and a table that is cut is refused.
+        tiles: tokens at a time in the loss and, where it is computed again, in the MLP; "auto" bounds the widest tensor.
+        compile: what stands between attentions is compiled by torch.compile, once for all layers.
         fsdp, offload: refused in this version.
 
     Raises:
@@ -78,13 +84,27 @@ def parallelize(
         raise refuse("offload", offload, "offloading is not supported in this version; use None")
     if hasattr(model, "parallel"):
         raise Refused("This model has been parallelized already; make a new one for another layout.")
+    if compile:
+        _refuse_compile(model, strategy)
     options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner)
-    layout = Layout(model, mesh, order, options, checkpointing, precut, packed)
+    width = None if strategy == "tp" else model.config.d_mlp
+    pieces = make_pieces(checkpointing, tiles=tiles, width=width, compiling=compile)
+    loss = partial(global_linear_cross_entropy, tiles=tiles, softmax=softmax_of(pieces))
+    layout = Layout(model, mesh, order, options, ModelOps(pieces=pieces, loss=loss), precut, packed)
     # plain attributes: they hold no parameters, and are no modules
     object.__setattr__(model, "parallel", layout)
     object.__setattr__(model, "no_sync", layout.no_sync)
     model.register_forward_pre_hook(layout.prepare_inputs, with_kwargs=True)
     return model
+
+
+def _refuse_compile(model: Transformer, strategy: str) -> None:
+    """Refuse what would be compiled anew in every step, or not at all."""
+    if model.config.dropout:
+        fit = f"model.dropout={model.config.dropout} draws by another key in every step, each compiled anew; use dropout 0"
+        raise refuse("compile", True, fit)
+    if strategy == "tp":
+        raise refuse("compile", True, "strategy='tp' has collectives inside of what is compiled; use False")
 
 
 class Layout:
@@ -96,7 +116,7 @@ class Layout:
         mesh: DeviceMesh,
         order: str,
         options: AttentionOptions,
-        checkpointing: str | None,
+        ops: ModelOps,
         precut: bool,
         packed: bool,
     ) -> None:
@@ -105,7 +125,7 @@ class Layout:
         self._config, self._targets, self._refuse_misfits = model.config, model.targets, model.refuse_misfits
         self.cp = cp_communicator(mesh)
         self.dp, self.all = communicator(mesh, ("dp",)), communicator(mesh, ("dp", "cp"))
-        self._run_block = block_runner(checkpointing)
+        self._ops = replace(ops, loss=partial(ops.loss, comm=self.all), position_rows=_rows_of_whole)
         self._seq_len = model.seq_len
         self.segment(1)  # refuses an unknown order
         both = {"cross-attention": 'model.kind="encoder_decoder"'} if self._config.kind == "encoder_decoder" else {}
@@ -155,7 +175,7 @@ class Layout:
         self._check_positions(segment)
         refuse_packed_rows(segment, ids.shape[0])
         source = self._source(inputs, ids.device)
-        inputs["places"] = segment.positions.to(ids.device)
+        inputs["places"] = moved(segment.positions, ids.device)
         if inputs.get("samples") is None:
             inputs["samples"] = self.dp.rank * ids.shape[0] + torch.arange(ids.shape[0], device=ids.device)
         return (ids,), inputs | {"ops": self.ops(segment, source)}
@@ -176,7 +196,7 @@ class Layout:
             raise refuse("source_ids", tuple(ids.shape), fit)
         if self._config.positions == "learned" and segment.seq_len > self._seq_len:
             raise refuse("source_ids", f"{segment.seq_len} tokens", f"the position table has {self._seq_len} rows")
-        inputs["source_places"] = segment.positions.to(device)
+        inputs["source_places"] = moved(segment.positions, device)
         return segment
 
     def _check_positions(self, segment: Segment) -> None:
@@ -213,12 +233,12 @@ class Layout:
         if inputs.get("positions") is not None:
             inputs["positions"] = shard(inputs["positions"], self.mesh, dim=0, seg=segment, pad_value=0)
         else:
-            inputs["positions"] = segment.document_positions.to(ids.device)
+            inputs["positions"] = moved(segment.document_positions, ids.device)
         return inputs
 
     def ops(self, segment: Segment, source: Segment | None = None) -> ModelOps:
         """The model's operations for sequences cut like this one."""
-        ops = ModelOps(loss=partial(_loss, comm=self.all), block=self._run_block, position_rows=_rows_of_whole)
+        ops = self._ops
         if self._rows is not None:
             ops = replace(ops, position_rows=_local_rows)
         if self.strategy == "tp":
@@ -279,8 +299,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     if max_norm > 0:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale.to(grad.dtype))
+        for dtype in {grad.dtype for grad in grads}:
+            torch._foreach_mul_([grad for grad in grads if grad.dtype == dtype], scale.to(dtype))
     return norm
 
 
@@ -306,7 +326,3 @@ def _local_rows(table_TD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tens
 def _rows_of_whole(table_SD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
     """Rows of a table that this rank holds whole; those of padding, which may lie beyond it, reach nobody."""
     return table_SD[positions_T.clamp(max=len(table_SD) - 1)]
-
-
-def _loss(logits: torch.Tensor, labels: torch.Tensor, count, *, comm: Communicator) -> torch.Tensor:
-    return global_cross_entropy(logits, labels, comm, count)

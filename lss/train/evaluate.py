@@ -22,15 +22,16 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], config: Config) -> floa
     """
     was_training = model.training
     model.eval()
-    total, counted = 0.0, 0
+    device = next(model.parameters()).device
+    total, counted = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in batches:
         # divided by 1, the loss of a batch is its sum, so that batches weigh by their labels
-        total += float(forward_loss(model, batch, 1, config))
+        total += forward_loss(model, batch, 1, config)
         counted += int((batch.labels != -100).sum())
     model.train(was_training)
-    labels = torch.tensor(counted, dtype=torch.int64, device=next(model.parameters()).device)
+    labels = torch.full((), counted, dtype=torch.int64, device=device)
     labels = int(layout_of(model).all.all_reduce(labels, "labels").wait())
-    return total / labels if labels else math.nan
+    return float(total) / labels if labels else math.nan
 
 
 def bits_per_byte(nats: float) -> float:

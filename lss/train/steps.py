@@ -12,6 +12,7 @@ from torch import nn
 from lss.config import Config
 from lss.data.reader import Batch, Kind
 from lss.kernels.dropout import fold
+from lss.mesh import moved
 from lss.parallel import Layout, layout_of
 from lss.segment import Segment, make_segment
 
@@ -24,15 +25,18 @@ def parameter_dtype(dtype: str) -> torch.dtype:
 
 
 def autocast(dtype: str, device_type: str) -> torch.autocast | nullcontext:
-    """The context in which a forward pass runs."""
-    return torch.autocast(device_type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    """The context in which a forward pass runs.
+
+    Casts of weights are not kept: each is used once a pass, and what is computed again is computed outside of it.
+    """
+    return torch.autocast(device_type, torch.bfloat16, cache_enabled=False) if dtype == "bfloat16" else nullcontext()
 
 
-def count_labels(model: nn.Module, batches: Sequence[Batch]) -> int:
-    """Labels counted in these micro-batches on all ranks. Collectives: one all-reduce of one number."""
+def count_labels(model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
+    """Labels counted in these micro-batches on all ranks, on the device. Collectives: one all-reduce of one number."""
     local = sum(int((batch.labels != -100).sum()) for batch in batches)
-    total = torch.tensor(local, dtype=torch.int64, device=next(model.parameters()).device)
-    return int(layout_of(model).all.all_reduce(total, "labels").wait())
+    total = torch.full((), local, dtype=torch.int64, device=next(model.parameters()).device)
+    return layout_of(model).all.all_reduce(total, "labels").wait()
 
 
 def loader_kind(config: Config, layout: Layout | None) -> Kind:
@@ -62,25 +66,25 @@ def segment_of(config: Config, layout: Layout | None, borders: torch.Tensor | No
 def model_inputs(batch: Batch, config: Config, device: torch.device, *, cut: bool = True) -> dict[str, Any]:
     """A batch as the model takes it; `cut`: by a layout that expects segments."""
     inputs: dict[str, Any] = {
-        "input_ids": batch.tokens.to(device),
-        "shift_labels": batch.labels.to(device),
-        "positions": batch.positions.to(device),
-        "samples": batch.slots.to(device),
+        "input_ids": moved(batch.tokens, device),
+        "shift_labels": moved(batch.labels, device),
+        "positions": moved(batch.positions, device),
+        "samples": moved(batch.slots, device),
         "cu_seqlens": batch.cu_seqlens,
         "prefix": config.data.prefix,
     }
     if cut:
         inputs["seq_len"] = config.data.seq_len
     if batch.source is not None and batch.source_segment is not None:
-        inputs["source_ids"] = batch.source.to(device)
-        inputs["source_positions"] = (batch.source_segment.positions * config.data.source_every).to(device)
+        inputs["source_ids"] = moved(batch.source, device)
+        inputs["source_positions"] = moved(batch.source_segment.positions * config.data.source_every, device)
         if cut:
             inputs["source_len"] = batch.source_segment.seq_len
     return inputs
 
 
 def forward_loss(
-    model: nn.Module, batch: Batch, count: int, config: Config, dropout_seed: int | None = None
+    model: nn.Module, batch: Batch, count: int | torch.Tensor, config: Config, dropout_seed: int | None = None
 ) -> torch.Tensor:
     """Global loss of one micro-batch, divided by `count` labels."""
     device = next(model.parameters()).device
@@ -91,18 +95,18 @@ def forward_loss(
 
 def accumulate_gradients(
     model: nn.Module, batches: Sequence[Batch], config: Config, *, step: int
-) -> tuple[float, int]:
-    """Leave the gradient of the step's mean loss in every `.grad`; returns that loss and the labels counted.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leave the gradient of the step's mean loss in every `.grad`; returns that loss (float64) and the labels counted.
 
-    The mean runs over the labels of all micro-batches on all ranks together. A step without any label has loss 0 and
-    gradient 0.
+    Both are on the device, which has perhaps not yet computed them: nothing here waits for it. The mean runs over the
+    labels of all micro-batches on all ranks together. A step without any label has loss 0 and gradient 0.
     """
     count = count_labels(model, batches)
-    loss = torch.zeros(())
+    loss = torch.zeros((), dtype=torch.float64, device=count.device)
     for number, batch in enumerate(batches):
         last = number + 1 == len(batches)
         with nullcontext() if last else layout_of(model).no_sync():
-            part = forward_loss(model, batch, max(count, 1), config, fold(config.train.seed, step))
+            part = forward_loss(model, batch, count, config, fold(config.train.seed, step))
             part.backward()
-        loss = loss + part.detach().double().cpu()
-    return float(loss), count
+        loss += part.detach()
+    return loss, count

@@ -57,6 +57,8 @@ def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) ->
         dkv_dtype=parallel.dkv_dtype,
         precut=True,
         packed=config.data.packing,
+        tiles=config.memory.tiles,
+        compile=config.train.compile,
     )
 
 
@@ -212,10 +214,10 @@ class Trainer:
         config, started = self.config, time.perf_counter()
         batches = [self.loader.batch(step, micro) for micro in range(config.train.accumulate)]
         self.optimizer.zero_grad(set_to_none=True)
-        loss, counted = accumulate_gradients(
-            self.model, batches, config, step=step
-        )
-        norm = float(clip_grad_norm_(self.model, config.optim.clip))
+        loss, counted = accumulate_gradients(self.model, batches, config, step=step)
+        norm = clip_grad_norm_(self.model, config.optim.clip)
+        # the step's one wait for the device; the update then runs while the next batch is read
+        loss, norm, counted = torch.stack((loss, norm.to(loss.device), counted.double())).tolist()
         lr = learning_rate(step, config.train.steps, config.optim)
         set_learning_rate(self.optimizer, lr)
         # loss and norm are the same numbers on every rank, so all ranks step or skip together
@@ -224,8 +226,6 @@ class Trainer:
             self.bad_steps = 0
         else:
             self._count_bad_step(step)
-        if self.mesh.device_type == "cuda":
-            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         peak = peak_flops(_device_name(self.mesh))
         return {
@@ -233,7 +233,7 @@ class Trainer:
             "loss": loss,
             "grad_norm": norm,
             "lr": lr,
-            "tokens_counted": counted,
+            "tokens_counted": int(counted),
             "tokens_per_s": config.train.batch_size * self.seq_len / seconds,
             "peak_memory_bytes": peak_memory_bytes(torch.device(self.mesh.device_type)),
             "step_time_s": seconds,

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_mask
 
 import lss
@@ -49,13 +50,13 @@ def batches(seq_len: int, rows: int, vocab: int, labels: str, count: int, seed: 
 def one_process(config, seq_len, dtype, data, dropout_seed=None, device="cpu", **given):
     """Loss of each micro-batch and every gradient on one process, all labels of all micro-batches in one mean.
 
-    Attention is `softmax_attention` below: plain, whole, by autograd, with the mask written out.
+    Attention is `softmax_attention` below and the loss torch's, of all logits: plain, whole, by autograd.
     """
     model = Transformer(config, seq_len, seed=3).to(device, dtype)
     count = sum(int((labels != -100).sum()) for _, labels in data)
     edges = given.pop("edges", None)
     ops = ModelOps(attention=partial(softmax_attention, edges=edges), source_attention=softmax_attention,
-                   cross_attention=partial(softmax_attention, cross=True))  # fmt: skip
+                   cross_attention=partial(softmax_attention, cross=True), loss=torch_loss)  # fmt: skip
     positions = torch.arange(seq_len, device=device)
     if edges is not None:
         positions = torch.cat([torch.arange(b - a, device=device) for a, b in pairwise(edges)])
@@ -66,6 +67,13 @@ def one_process(config, seq_len, dtype, data, dropout_seed=None, device="cpu", *
         output.loss.backward()
         losses.append(float(output.loss.detach()))
     return losses, {name: p.grad for name, p in model.named_parameters()}, output.logits.detach()
+
+
+def torch_loss(hidden, weight, labels, count):
+    """Cross-entropy of all logits by autograd, what the loss by tiles is held to."""
+    logits = F.linear(hidden, weight).flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels.flatten(), reduction="sum") / count
 
 
 def softmax_attention(q, k, v, rules, edges=None, cross=False):

@@ -25,8 +25,8 @@ MUTANTS = (
     Mutant(
         "loss is a mean per rank",
         "lss/context_parallel/loss.py",
-        "count = totals[1] if num_items_in_batch is None",
-        "count = local_count if num_items_in_batch is None",
+        "count = totals[1]",
+        "count = local_count.double()",
         ("tests/distributed/test_loss.py",),
     ),
     Mutant(
@@ -39,7 +39,7 @@ MUTANTS = (
     Mutant(
         "positions restart in every segment",
         "lss/parallel/parallelize.py",
-        'inputs["positions"] = segment.document_positions.to(ids.device)',
+        'inputs["positions"] = moved(segment.document_positions, ids.device)',
         'inputs["positions"] = torch.arange(segment.local_len)',
         (f"{PARITY}[float32-lss-cp2-dp1]", f"{PARITY}[float32-ring-cp2-dp1]"),
     ),
@@ -75,8 +75,8 @@ MUTANTS = (
     Mutant(
         "every rank draws the same dropout",
         "lss/model/transformer.py",
-        "samples_B=samples, positions_T=where)",
-        "samples_B=samples, positions_T=torch.arange(len(where)))",
+        "samples_B=samples, positions_T=where[tokens])",
+        "samples_B=samples, positions_T=torch.arange(len(where))[tokens])",
         (f"{PARITY}[dropout-recompute-lss-cp2-dp1]",),
     ),
     Mutant(
@@ -117,8 +117,8 @@ MUTANTS = (
     Mutant(
         "gradients are averaged instead of summed",
         "lss/parallel/grad_sync.py",
-        "parameter.grad.copy_(part.view_as(parameter))",
-        "parameter.grad.copy_(part.view_as(parameter) / bucket.comm.size)",
+        "    *parts, flags = _parts(bucket, summed)",
+        "    *parts, flags = _parts(bucket, summed / bucket.comm.size)",
         (f"{PARITY}[float32-lss-cp2-dp1]",),
     ),
     Mutant(
@@ -177,6 +177,48 @@ MUTANTS = (
         "(lowest, highest) if masked else None",
         "None",
         ("tests/kernels/test_rules.py",),
+    ),
+    Mutant(
+        "a loss's last short tile is dropped",
+        "lss/tiled.py",
+        "for at in range(0, len(x), size):",
+        "for at in range(0, len(x) - size + 1, size):",
+        ("tests/test_tiled.py",),
+    ),
+    Mutant(
+        "a head's gradient is that of the last tile",
+        "lss/tiled.py",
+        "        total.addmm_(a, b)",
+        "        torch.mm(a, b, out=total)",
+        ("tests/test_tiled.py",),
+    ),
+    Mutant(
+        "a recomputed weight's gradient is that of the last tile",
+        "lss/tiled.py",
+        "total if part is None else total.add_(part)",
+        "total if part is None else part",
+        ("tests/test_tiled.py",),
+    ),
+    Mutant(
+        "tiles draw dropout by their own places",
+        "lss/model/transformer.py",
+        "positions_T=where[tokens])",
+        "positions_T=where[: x_BTD.shape[1]])",
+        ("tests/distributed/test_step.py::test_gradients_where_only_linear_parts_are_recomputed[lss-cp1-dropout]",),
+    ),
+    Mutant(
+        "attention is computed again in backward",
+        "lss/parallel/activation.py",
+        "        if self._full:\n",
+        "        if True:\n",
+        ("tests/distributed/test_step.py::test_recomputing_linear_parts_costs_no_collective",),
+    ),
+    Mutant(
+        "queries, keys and values are kept after all",
+        "lss/parallel/activation.py",
+        "return numbers.get(_bytes_of(tensor), tensor.detach())",
+        "return tensor.detach()",
+        ("tests/distributed/test_step.py::test_what_exists_and_what_is_kept",),
     ),
     Mutant(
         "a rank's place in the world is taken for its place in the group",

@@ -87,7 +87,7 @@ def uneven_accumulation(ranks: int, overrides: list[str]):
     per_rank = config.train.batch_size // layout.dp.size
     mine = slice(layout.dp.rank * per_rank, (layout.dp.rank + 1) * per_rank)
     batches = uneven_batches(config, layout.segment(S), mine, 3)
-    loss, counted = accumulate_gradients(model, batches, config, step=1)
+    loss, counted = map(float, accumulate_gradients(model, batches, config, step=1))
     held_out = evaluate(model, batches, config)
     found = {name: layout.whole(name, p.grad) for name, p in model.named_parameters()}
 
@@ -112,5 +112,5 @@ def no_labels(ranks: int):
     S = config.data.seq_len
     batches = uneven_batches(config, layout_of(model).segment(S), slice(None), 1)
     batches = [replace(batch, labels=torch.full_like(batch.labels, -100)) for batch in batches]
-    loss, counted = accumulate_gradients(model, batches, config, step=1)
+    loss, counted = map(float, accumulate_gradients(model, batches, config, step=1))
     return loss, counted, all(not p.grad.any() for p in model.parameters())

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 
+# A transfer of fewer bytes goes at once: another barrier, or more copies, would cost more than waiting for the rest.
+STAGED_BYTES = 32 << 20
 # Bytes up to which copies are done by one kernel: an engine's start takes as long as 8 MiB over NVLink.
 SHORT_COPY = 16 << 20
 
@@ -41,6 +43,7 @@ class PeerMemory:
         self._buffers: dict[str, tuple[int, Any]] = {}
         # what `lss.comm.symmetric` keeps from call to call: where copies go, and marks of the last reads of each buffer
         self.routes: dict[Any, Any] = {}
+        self.staged_bytes = STAGED_BYTES
         self.read: dict[str, Any] = {}
 
     def buffer(self, name: str, nbytes: int) -> list[torch.Tensor]:

@@ -1,11 +1,12 @@
 """How keys and values reach the ranks that see them, and their gradients come home: the table, and the choice.
 
-A transport serves one attention call. Its user gathers, computes, releases, and scatters, one head chunk after another;
-the next gather and the last scatter may be under way meanwhile, never two scatters.
+A transport serves one attention call. Its user gathers, computes, releases, and lets gradients leave, one head chunk after
+another; the next gather and the last chunk's gradients may be under way meanwhile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -48,9 +49,31 @@ class Transport(Protocol):
         """dK and dV, (B, L, K, H) each, of such a room."""
         ...
 
-    def scatter(self, dkv: torch.Tensor) -> Pending[KV]:
-        """Bring them home: dk, dv (B, T, K, H), summed over the ranks."""
+    def leave(self, dkv: torch.Tensor) -> Leaving:
+        """The way home of gradients that are about to be computed into such a room."""
         ...
+
+
+class Leaving(Protocol):
+    """The way home of dK and dV."""
+
+    def upfrom(self, place: int) -> None:
+        """Nothing more is added to the gradients of places from this one on: they may leave."""
+        ...
+
+    def finish(self) -> Pending[KV]:
+        """All has been computed: dk, dv (B, T, K, H), summed over the ranks."""
+        ...
+
+
+class _Together:
+    """Gradients that leave all at once, when all have been computed."""
+
+    def __init__(self, send: Callable[[], Pending[KV]]) -> None:
+        self.finish = send
+
+    def upfrom(self, place: int) -> None:
+        pass
 
 
 class CollectiveTransport:
@@ -89,7 +112,11 @@ class CollectiveTransport:
     def split(self, dkv: torch.Tensor) -> KV:
         return split_kv(dkv)
 
+    def leave(self, dkv: torch.Tensor) -> Leaving:
+        return _Together(lambda: self.scatter(dkv))
+
     def scatter(self, dkv: torch.Tensor) -> Pending[KV]:
+        """One collective for all of them."""
         if self._fetch is not None:
             return self._comm.return_dkv(dkv, self._fetch)
         return self._comm.reduce_scatter_dkv(self._keys.reorder(dkv, 0, self._keys.orders(self._comm.arrival)[1]))
@@ -117,8 +144,8 @@ class LocalTransport:
     def split(self, dkv: torch.Tensor) -> KV:
         return dkv[0], dkv[1]
 
-    def scatter(self, dkv: torch.Tensor) -> Pending[KV]:
-        return Pending((), lambda: self.split(dkv))
+    def leave(self, dkv: torch.Tensor) -> Leaving:
+        return _Together(lambda: Pending((), lambda: self.split(dkv)))
 
 
 def make_transport(

@@ -109,12 +109,12 @@ class _LSSAttention(torch.autograd.Function):
             dkv = transport.new_dkv(keys)
             douts, queries, outs, dqs = (x[:, :, q_heads] for x in (dout, q, out, dq))
             work, (dks, dvs) = spec.work.of_heads(q_heads), transport.split(dkv)
-            given = douts, queries, keys, values, outs, lse[:, q_heads]
-            work.backward(dqs, dks, dvs, *given, transport.runs, ready=ready)
+            given, leaving = (douts, queries, keys, values, outs, lse[:, q_heads]), transport.leave(dkv)
+            work.backward(dqs, dks, dvs, *given, transport.runs, ready=ready, final=leaving.upfrom)
             if not kept:
                 transport.release()
-            home.arrive()  # the last chunk's scatter has had this chunk's time
-            home.expect(k_heads, transport.scatter(dkv))
+            home.arrive()  # the last chunk's gradients have had this chunk's time
+            home.expect(k_heads, leaving.finish())
         home.arrive()
         return dq.to(q.dtype), *home.grads, sinks_gradient(dout, out, lse, sinks), None, None
 

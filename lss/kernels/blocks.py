@@ -29,6 +29,7 @@ class Call:
     Attributes:
         overlapping: the outputs are merged with those of other calls.
         dq, dk: pieces of the gradients of queries and keys; None where nothing stands there yet, and the kernel may write.
+        final: from which key on no later call of backward's order adds anything.
     """
 
     rows: slice
@@ -36,6 +37,7 @@ class Call:
     overlapping: bool
     dq: tuple[Piece, ...] | None
     dk: tuple[Piece, ...] | None
+    final: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ def _schedule(
         backward.append(replace(call, dq=written[0], dk=written[1]))
         dq.add(call.rows, b.q_start, b.q_stop)
         dk.add(call.rows, b.k_start, b.k_stop)
+    reach = 0
+    for number in reversed(range(len(backward))):
+        backward[number] = replace(backward[number], final=reach)
+        reach = max(reach, backward[number].block.k_stop)
     one_row = len(masks) == 1 and masks[0][1] - masks[0][0] == 1 and not masks[0][2].merging
     together = varlen and one_row and len(forward) >= FEWEST_TOGETHER
     waves = plan_waves(tuple(call.block for call in forward)) if together else ()
@@ -226,16 +232,23 @@ class Work:
         *,
         add_dq: bool = False,
         ready: Ready | None = None,
+        final: Ready | None = None,
     ) -> None:
         """Write the gradients to dq, dk and dv in place, where nothing need stand; with `add_dq` dq is added to.
 
         out and lse are those of all keys that a query sees. What several calls give is summed in the dtype of its place.
+        `final` is told after each kernel from which key on dk and dv are done.
         """
         schedule = self.schedule(keys, q_BTNH.shape[1], k_BSKH.shape[1])
         if schedule.waves:
             grads, given = (dq_BTNH, dk_BSKH, dv_BSKH), (dout_BTNH, q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT)
             self._backward_waves(schedule, grads, given, add_dq, ready)
             return
+        for rows, t in () if add_dq else schedule.dq_gaps:
+            dq_BTNH[rows, t].zero_()
+        for rows, s in schedule.dk_gaps:
+            dk_BSKH[rows, s].zero_()
+            dv_BSKH[rows, s].zero_()
         for call in schedule.backward:
             rows, b = call.rows, call.block
             t, s = slice(b.q_start, b.q_stop), slice(b.k_start, b.k_stop)
@@ -256,12 +269,8 @@ class Work:
             if call.dk is not None:
                 _put(dk_BSKH, grads[1], rows, call.dk)
                 _put(dv_BSKH, grads[2], rows, call.dk)
-        for rows, t in () if add_dq else schedule.dq_gaps:
-            dq_BTNH[rows, t].zero_()
-        for rows, s in schedule.dk_gaps:
-            dk_BSKH[rows, s].zero_()
-            dv_BSKH[rows, s].zero_()
-
+            if final is not None and call.final:
+                final(call.final)
 
     # -- many blocks in one call ---------------------------------------------------------------------------------------
 

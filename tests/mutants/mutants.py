@@ -292,6 +292,34 @@ MUTANTS = (
         "for members in rank_groups(ranks[:1] * len(ranks), size, stride):",
         ("tests/test_mesh.py::test_groups_of_many_ranks",),
     ),
+    Mutant(
+        "a fast rank overwrites what a slow one still reads",
+        "lss/comm/symmetric.py",
+        'peers.pause("free")\n            peers.barrier()',
+        'peers.pause("free")',
+        ("tests/distributed/test_symmetric.py::test_parity_holds_when_ranks_are_late",),
+    ),
+    Mutant(
+        "a rank reads what has not come yet",
+        "lss/comm/symmetric.py",
+        'peers.pause("arrived")\n                peers.barrier()',
+        'peers.pause("arrived")',
+        ("tests/distributed/test_symmetric.py::test_parity_holds_when_ranks_are_late",),
+    ),
+    Mutant(
+        "a gradient that several calls give is written over",
+        "lss/kernels/blocks.py",
+        "            place.add_(piece)",
+        "            place.copy_(piece)",
+        ("tests/distributed/test_symmetric.py::test_attention_is_exact",),
+    ),
+    Mutant(
+        "a rank adds its gradients to those of the call before",
+        "lss/comm/symmetric.py",
+        "            route.mine.zero_()",
+        "            pass",
+        ("tests/distributed/test_symmetric.py::test_documents_windows_and_encoders",),
+    ),
 )
 
 # Of the twelve faults that the suite is to kill, one has no place yet: a stale asynchronous save, since saves are

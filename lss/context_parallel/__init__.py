@@ -21,6 +21,7 @@ from lss.context_parallel.spec import AttentionSpec
 from lss.context_parallel.two_level import two_level_attention
 from lss.context_parallel.ulysses import ulysses_attention
 from lss.kernels import MaskMod, Rules, keep_rows, make_work, pick_kernel
+from lss.kernels.outside import outside_graphs
 from lss.segment import Segment
 
 __all__ = [
@@ -50,6 +51,7 @@ STRATEGIES: dict[str, Strategy] = {
 _BYTES_PER_HEAD_CHUNK = 1 << 30
 
 
+@outside_graphs
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -186,6 +188,7 @@ class AttentionOptions:
         return active
 
 
+@outside_graphs
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,

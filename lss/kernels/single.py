@@ -7,11 +7,13 @@ from torch.autograd.function import once_differentiable
 
 from lss.kernels.blocks import Work, add_sinks_, make_work, sinks_gradient
 from lss.kernels.merge import empty_lse
+from lss.kernels.outside import outside_graphs
 from lss.kernels.rules import Rules
 from lss.kernels.table import pick_kernel
 from lss.segment import LocalRun, Segment, make_segment
 
 
+@outside_graphs
 def single_attention(
     q_BTNH: torch.Tensor,
     k_BSKH: torch.Tensor,

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 import lss
+from lss.bench.candidates import Inputs, our_candidates
+from lss.comm import cp_communicator
 from lss.kernels import pick_kernel, single_attention
 
 N, K, H = 32, 8, 128
@@ -66,14 +68,13 @@ def measure(mesh, tokens: int) -> list[dict]:
         "lss": (cut, lambda q, k, v: lss.attention(q, k, v, mesh=mesh, seg=seg)),
         "lss, regather=False": (cut, lambda q, k, v: lss.attention(q, k, v, mesh=mesh, seg=seg, regather=False)),
     }
+    steps = {name: differentiated(call, tensors) for name, (tensors, call) in calls.items()}
+    (ours,) = our_candidates(["lss"], ["auto"], ["head_tail"], [], whole[0], cp_communicator(mesh))
+    steps["lss without communication"] = ours.without_comm(Inputs(tokens, *cut, seg.positions))
+    steps["lss, deterministic"] = steps["lss"]
     rows = []
-    for name, ((*qkv, dout), call) in calls.items():
-        leaves = [x.clone().requires_grad_() for x in qkv]
-
-        def step(leaves=leaves, call=call, dout=dout):
-            out = call(*leaves)
-            return out.detach(), *torch.autograd.grad(out, leaves, dout)
-
+    for name, step in steps.items():
+        torch.use_deterministic_algorithms("deterministic" in name)
         expected = [x.clone() for x in step()]
         eager = timed(step)
         row = {"bench": "graphs", "strategy": name, "tokens": tokens, "heads": f"{N}/{K}x{H}", "dtype": "bfloat16",
@@ -88,7 +89,20 @@ def measure(mesh, tokens: int) -> list[dict]:
         except RuntimeError as error:
             row |= {"graph_ms": None, "status": f"failed: {str(error).splitlines()[0][:150]}"}
         rows.append(row)
+        torch.use_deterministic_algorithms(False)
     return rows
+
+
+def differentiated(call, tensors):
+    """Forward and backward: returns the output and the gradients of q, k and v."""
+    *qkv, dout = tensors
+    leaves = [x.clone().requires_grad_() for x in qkv]
+
+    def step():
+        out = call(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    return step
 
 
 def main() -> None:

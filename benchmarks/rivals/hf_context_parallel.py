@@ -51,11 +51,6 @@ def why_not() -> str | None:
     )
 
 
-def attention(group, rank: int, world: int) -> list[tuple[str, str, Callable]]:
-    """None of its own: the attention is PyTorch's context_parallel, which has its own adapter."""
-    return []
-
-
 def train(config: dict, group, rank: int, world: int, device) -> list[tuple[str, Callable[[], float]]]:
     """Rotations x how bfloat16 is used. A model is built at the first step of its entry and goes with the entry."""
     shape = parts.shape_of(config)

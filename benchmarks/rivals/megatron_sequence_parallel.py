@@ -46,11 +46,6 @@ def why_not() -> str | None:
     return kernels.cannot_import("megatron.core.models.gpt")
 
 
-def attention(group, rank: int, world: int) -> list[tuple[str, str, Callable]]:
-    """None: it cuts heads and weights of whole layers, so it has no attention over local tokens to time alone."""
-    return []
-
-
 def train(config: dict, group, rank: int, world: int, device) -> list[tuple[str, Callable[[], float]]]:
     """One entry per core attention. A model is built at the first step of its entry and goes with the entry."""
     shape = parts.shape_of(config)

@@ -106,15 +106,15 @@ def _measure(options: argparse.Namespace, plan: Any, command: str) -> int:
 
     from lss.bench import Clock, Results, bench_attention
     from lss.bench.train_step import bench_train
-    from lss.comm import Communicator
-    from lss.mesh import axis_group, close, init_mesh, world_size
+    from lss.comm import cp_communicator
+    from lss.mesh import close, init_mesh, world_size
 
     share_cores()
     mesh = init_mesh(cp=world_size(), timeout=HANG)
     try:
         cuda = mesh.device_type == "cuda"
         device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        clock = Clock(Communicator(axis_group(mesh, ("cp",))), device)
+        clock = Clock(cp_communicator(mesh), device)
         first = mesh.get_rank() == 0
         path = Path(options.out) if options.out else None
         results = Results(path, writes=first, retry=options.retry)

@@ -38,7 +38,7 @@ def test_adapter_loads_without_its_rival_and_says_why_it_cannot_run(name):
     module = adapter(name)
     assert not PACKAGES & {loaded.partition(".")[0] for loaded in set(sys.modules) - before}
     assert isinstance(module.NAME, str)
-    assert callable(module.attention)
+    assert callable(getattr(module, "attention", None)) or callable(getattr(module, "train", None))
     version, reason = module.version(), module.why_not()
     assert version is None or isinstance(version, str)
     if version is None:
@@ -66,7 +66,7 @@ def test_the_folder_has_the_rivals_that_the_readme_lists():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's entries")
-@pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in ("hf_context_parallel",)])
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if hasattr(adapter(name), "attention")])
 def test_attention_equals_softmax_on_two_ranks(name):
     if (reason := adapter(name).why_not()) is not None:
         pytest.skip(reason)

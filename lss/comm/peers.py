@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 
 
-# A transfer of fewer bytes goes at once: another barrier, or more copies, would cost more than waiting for the rest.
-STAGED_BYTES = 32 << 20
 # Bytes up to which copies are done by one kernel: an engine's start takes as long as 8 MiB over NVLink.
 SHORT_COPY = 16 << 20
 
@@ -43,7 +41,10 @@ class PeerMemory:
         self._buffers: dict[str, tuple[int, Any]] = {}
         # what `lss.comm.symmetric` keeps from call to call: where copies go, and marks of the last reads of each buffer
         self.routes: dict[Any, Any] = {}
-        self.staged_bytes = STAGED_BYTES
+        # Bytes from which on a transfer goes in stages, beside the kernels that compute meanwhile; None: never. Off, since a
+        # barrier on a GPU is a kernel: while it waits for a peer it keeps a multiprocessor from attention, whose last
+        # blocks then start late (two H100s, 131,072 tokens, forward and backward: 479 ms in stages, 398 without).
+        self.staged_bytes: int | None = None
         self.read: dict[str, Any] = {}
 
     def buffer(self, name: str, nbytes: int) -> list[torch.Tensor]:
@@ -64,6 +65,10 @@ class PeerMemory:
         """Copy each source to its place."""
         for place, source in zip(places, sources, strict=True):
             place.copy_(source)
+
+    def in_stages(self, nbytes: int) -> bool:
+        """Whether a transfer of so many bytes goes in stages."""
+        return self.staged_bytes is not None and nbytes >= self.staged_bytes
 
     def _allocate(self, nbytes: int) -> Any:
         folder = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())

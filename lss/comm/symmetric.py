@@ -5,16 +5,18 @@ those that the rank there sees: no staging, no reordering, no key that nobody lo
 back, into a slot per sender, and the owner sums the slots that hold something, in float32 inside one kernel. On GPUs the
 copies run on a side stream by the copy engines, beside the attention that computes meanwhile.
 
-What a rank's first kernel call reads comes first, the rest while that one computes. A transfer is four steps, in the same
-order on every rank:
+A transfer is four steps, in the same order on every rank:
 
     1. the barrier "free": nobody reads any more what is about to be written;
     2. the copies;
-    3. the barrier "arrived": everything has been written (2 and 3 twice, where what is read first comes first);
+    3. the barrier "arrived": everything has been written;
     4. the reader computes, and then marks the buffer as read, which the next "free" waits for.
 
 Without 1 a fast rank overwrites keys that a slow one is still reading (the next layer's, or the next head chunk's);
 without 3 a rank reads what has not come. Tests run both faults, with delays between the steps.
+
+A gather may come in two stages, what a rank's first kernel call reads and the rest (2 and 3 twice), and gradients may leave
+in parts, as soon as nothing more is added to them, where `PeerMemory.staged_bytes` says so.
 """
 
 from __future__ import annotations
@@ -191,7 +193,7 @@ class SymmetricTransport:
         push, me = self._push, self._peers.rank
         buffers = _typed(self._peers, name, [(2, B, length, K, H) for length in push.lengths], dtype)
         longest = max(2 * B * length * K * H * dtype.itemsize for length in push.lengths)
-        staged = longest >= self._peers.staged_bytes and any(f < n for f, n in zip(push.firsts, push.lengths, strict=True))
+        staged = self._peers.in_stages(longest) and any(f < n for f, n in zip(push.firsts, push.lengths, strict=True))
 
         def copies(peer: int, start: int, stop: int) -> list[_Copy]:
             """This rank's part of places [start, stop) of a peer's buffer."""
@@ -231,7 +233,7 @@ class _Leaving:
         self._transport, self._name, self._dkv = transport, name, dkv
         self._peers, self._push = transport._peers, transport._push
         self._sent: int | None = None  # from where on places have left; None before the first
-        self._parts = self._push.length > 0 and dkv.numel() * dkv.element_size() >= self._peers.staged_bytes
+        self._parts = self._push.length > 0 and self._peers.in_stages(dkv.numel() * dkv.element_size())
 
     def upfrom(self, place: int) -> None:
         """Nothing more is added to places from this one on. Where all is little, it leaves together in the end."""

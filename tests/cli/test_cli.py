@@ -71,9 +71,10 @@ def test_check_proves_and_prints(tmp_path):
 def test_check_exits_1_where_gradients_differ(tmp_path):
     """Plant a fault in this process only: dK and dV averaged instead of summed."""
     script = (
-        "import sys, lss.context_parallel.lss as l, lss.cli as cli\n"
-        "whole = l._scatter\n"
-        "l._scatter = lambda dkv, spec: whole(dkv / 2, spec)\n"
+        "import sys, lss.comm.transport as t, lss.cli as cli\n"
+        "def halved(self, dkv):\n"
+        "    return t._Together(lambda: t.Pending((), lambda: self.split(dkv / 2)))\n"
+        "t.LocalTransport.leave = halved\n"
         f"sys.exit(cli.main(['check', {TINY!r}, 'model.n_layers=1']))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

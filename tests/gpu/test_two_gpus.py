@@ -73,11 +73,12 @@ def same_bits_case(cp, kernel, S, order):
     return [lss.unshard(x.detach(), the_mesh, seg=seg).float().cpu() for x in (out, *grads)]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.skipif(flash4.installed() is None, reason="flash-attn-4 is not installed")
 @pytest.mark.parametrize("order", ["head_tail", "contiguous"])
-def test_outputs_are_the_same_bits_on_one_and_two_gpus(kernel, order):
-    if kernel == "sdpa_cudnn":
-        pytest.skip("cuDNN masks rectangles top-left, so past and diagonal are merged, which rounds once more")
+def test_outputs_are_the_same_bits_on_one_and_two_gpus(order):
+    """One pass over the keys for each query, in one order: not so where cuDNN merges past and diagonal, nor where torch's
+    flash operator splits the keys of short calls over multiprocessors."""
+    kernel = "flash4"
     (one,) = pool(1, "nccl").run(same_bits_case, 1, kernel, 4096, order)
     first, second = (pool(2, "nccl").run(same_bits_case, 2, kernel, 4096, order)[0] for _ in range(2))
     assert torch.equal(one[0], first[0])

@@ -193,9 +193,9 @@ def _prepare_local(inputs: Inputs, *, options: AttentionOptions, order: str, com
             spec.work.of_heads(heads).forward(out[:, :, heads], lse[:, heads], q[:, :, heads], *kv, transport.runs)
         dq = torch.empty_like(q, dtype=lse.dtype if summed else q.dtype)
         for (heads, _), kv in zip(groups, fetched, strict=True):
-            dk, dv = transport.split(transport.new_dkv(kv[0]))
+            (dk, dv), *more = [transport.split(room) for room in transport.new_dkv(kv[0])]
             dqs, given = dq[:, :, heads], (dout[:, :, heads], q[:, :, heads], *kv, out[:, :, heads], lse[:, heads])
-            spec.work.of_heads(heads).backward(dqs, dk, dv, *given, transport.runs)
+            spec.work.of_heads(heads).backward(dqs, dk, dv, *given, transport.runs, more=more)
         return out, dq.to(q.dtype), dk, dv
 
     return step

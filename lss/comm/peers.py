@@ -41,7 +41,7 @@ class PeerMemory:
         self._buffers: dict[str, tuple[int, Any]] = {}
         # what `lss.comm.symmetric` keeps from call to call: where copies go, and marks of the last reads of each buffer
         self.routes: dict[Any, Any] = {}
-        # Bytes from which on a transfer goes in stages, beside the kernels that compute meanwhile; None: never. Off, since a
+        # Bytes from which on a gather comes in stages, beside the kernels that compute meanwhile; None: never. Off, since a
         # barrier on a GPU is a kernel: while it waits for a peer it keeps a multiprocessor from attention, whose last
         # blocks then start late (two H100s, 131,072 tokens, forward and backward: 479 ms in stages, 398 without).
         self.staged_bytes: int | None = None

@@ -2,7 +2,8 @@
 
 Each rank copies its own keys and values to where they stand *in sequence order* in every other rank's buffer, and only
 those that the rank there sees: no staging, no reordering, no key that nobody looks at. Gradients travel the same way
-back, into a slot per sender, and the owner sums the slots that hold something, in float32 inside one kernel. On GPUs the
+back, into a slot per sender and kernel call, and the owner sums the slots that hold something, in float32 inside one
+kernel: no rank adds up half precision on the way, and no zeros travel. On GPUs the
 copies run on a side stream by the copy engines, beside the attention that computes meanwhile.
 
 A transfer is four steps, in the same order on every rank:
@@ -15,8 +16,8 @@ A transfer is four steps, in the same order on every rank:
 Without 1 a fast rank overwrites keys that a slow one is still reading (the next layer's, or the next head chunk's);
 without 3 a rank reads what has not come. Tests run both faults, with delays between the steps.
 
-A gather may come in two stages, what a rank's first kernel call reads and the rest (2 and 3 twice), and gradients may leave
-in parts, as soon as nothing more is added to them, where `PeerMemory.staged_bytes` says so.
+A gather may come in two stages, what a rank's first kernel call reads and the rest (2 and 3 twice), where
+`PeerMemory.staged_bytes` says so.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class SymmetricTransport:
         depth: how many gathers, and how many returns, may be under way or being read at a time.
         dkv_dtype: the dtype that dK and dV travel and are summed within a rank in; the sum over ranks is in float32.
 
-    Memory: `depth` buffers of the fetched K and V, and as many of cp segments' dK and dV; they stay for the next call.
+    Memory: `depth` buffers of the fetched K and V, and as many of a segment's dK and dV for each slot; they stay for the
+    next call.
     """
 
     volatile = True  # the buffers are written again by the next gathers
@@ -102,7 +104,7 @@ class SymmetricTransport:
     def __init__(self, peers: PeerMemory, push: Push, depth: int, dkv_dtype: torch.dtype) -> None:
         self.runs, self.length = push.runs, push.length
         self._peers, self._push, self._depth, self._dkv_dtype = peers, push, depth, dkv_dtype
-        self._next = self._left = 0
+        self._next = self._sent = 0
         self._reading: tuple[str, _Arriving] | None = None
 
     def gather(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
@@ -131,54 +133,64 @@ class SymmetricTransport:
         arriving.finish()
         self._peers.mark_read(name)
 
-    def new_dkv(self, like_BTKH: torch.Tensor) -> torch.Tensor:
-        """Room for the dK and dV of all fetched tokens; nothing stands there yet."""
+    def new_dkv(self, like_BTKH: torch.Tensor) -> list[torch.Tensor]:
+        """Rooms for the dK and dV of the fetched tokens; nothing stands there yet, and what no call writes never leaves."""
         B, _, K, H = like_BTKH.shape
-        return torch.empty(2, B, self._push.length, K, H, dtype=self._dkv_dtype, device=like_BTKH.device)
+        ends = [max((at + b - a for pieces in room for at, a, b in pieces), default=0) for room in self._push.returns]
+        lengths = ends if len(ends) > 1 else [self._push.length]
+        return [torch.empty(2, B, length, K, H, dtype=self._dkv_dtype, device=like_BTKH.device) for length in lengths]
 
     def split(self, dkv: torch.Tensor) -> KV:
         """dK and dV, (B, push.length, K, H) each, of such a room."""
         return dkv[0], dkv[1]
 
-    def leave(self, dkv: torch.Tensor) -> _Leaving:
-        """The way home of gradients that are about to be computed into such a room."""
-        name = f"dkv{self._left % self._depth}"
-        self._left += 1
-        return _Leaving(self, name, dkv)
-
-    def scatter(self, dkv: torch.Tensor) -> Pending[KV]:
-        """Bring the gradients home: returns dk, dv (B, T, K, H), summed over the ranks, in `dkv_dtype`.
+    def scatter(self, rooms: list[torch.Tensor]) -> Pending[KV]:
+        """Bring the gradients home: returns dk, dv (B, T, K, H), summed over rooms and ranks, in `dkv_dtype`.
 
         Counted as one reduce-scatter whose payload is what this rank has for all ranks, itself included.
         """
-        return self.leave(dkv).finish()
+        name = f"dkv{self._sent % self._depth}"
+        self._sent += 1
+        _, B, _, K, H = rooms[0].shape
+        planes, T, sums = [plane for room in rooms for plane in room], self._push.local_len, self._push.sums
+        route = self._route(name, self._dkv_route, (B, K, H), self._dkv_dtype)
+        tokens = sum(b - a for room in self._push.returns for pieces in room for _, a, b in pieces)
+        record("reduce_scatter", "dkv", torch.empty(2, B, tokens, K, H, dtype=self._dkv_dtype, device="meta"))
+
+        def result() -> KV:
+            self._peers.pause("read")
+            total = rooms[0].new_empty(2, B, T, K, H)
+            for a, b, first, end in sums or ((0, T, 0, self._push.n_slots),):
+                _sum_slots(total[:, :, a:b], route.mine[first:end, :, :, a:b])
+            self._peers.mark_read(name)
+            return total[0], total[1]
+
+        # where the senders of a token are not neighbours, absent ones are summed as zeros
+        marks = self._transfer(name, route, planes, clear=sums is None)
+        return _Arriving(self._peers, marks, result, rooms)
 
     # -- how both travel ---------------------------------------------------------------------------------------------
 
-    def _transfer(self, name: str, route: _Route, planes: Sequence[torch.Tensor]) -> list[tuple[int, Any]]:
-        """Issue a gather; returns (tokens that have come, mark) of each stage."""
+    def _transfer(
+        self, name: str, route: _Route, planes: Sequence[torch.Tensor], *, clear: bool = False
+    ) -> list[tuple[int, Any]]:
+        """Issue a transfer; returns (tokens that have come, mark) of each stage."""
         peers, marks = self._peers, []
-        _issue(peers, route.here, planes)
+        if clear:
+            route.mine.zero_()
+        peers.copy(*_pairs(route.here, planes))
         peers.follow()
         with peers.transfers():
-            self._free(name)
+            peers.wait_for(peers.read.get(name))
+            peers.pause("free")
+            peers.barrier()
             for come, copies in route.stages:
                 peers.pause("copy")
-                _issue(peers, copies, planes)
-                marks.append((come, self._arrived()))
+                peers.copy(*_pairs(copies, planes))
+                peers.pause("arrived")
+                peers.barrier()
+                marks.append((come, peers.mark()))
         return marks
-
-    def _free(self, name: str) -> None:
-        """Wait until nobody reads this buffer any more, on any rank."""
-        self._peers.wait_for(self._peers.read.get(name))
-        self._peers.pause("free")
-        self._peers.barrier()
-
-    def _arrived(self) -> Any:
-        """Wait until every rank has written; returns the mark of it."""
-        self._peers.pause("arrived")
-        self._peers.barrier()
-        return self._peers.mark()
 
     def _route(self, name: str, make: Callable[..., _Route], shape: tuple[int, ...], dtype: torch.dtype) -> _Route:
         """The route of this transfer, made once for all calls of one cut, shape and dtype."""
@@ -210,79 +222,23 @@ class SymmetricTransport:
         )
         return _Route(buffers[me], tuple(copies(me, 0, push.length)), stages)
 
-    def _dkv_route(self, name: str, first: int, end: int, B: int, K: int, H: int, dtype: torch.dtype) -> _Route:
-        """Where gradients of places [first, end) of this rank's buffer go."""
+    def _dkv_route(self, name: str, B: int, K: int, H: int, dtype: torch.dtype) -> _Route:
         push, me, size = self._push, self._peers.rank, self._peers.size
-        buffers = _typed(self._peers, name, [(size, 2, B, push.local_len, K, H)] * size, dtype)
+        buffers = _typed(self._peers, name, [(push.n_slots, 2, B, push.local_len, K, H)] * size, dtype)
 
         def copies(peer: int) -> list[_Copy]:
-            cut = [(max(at, first), min(at + b - a, end), a - at) for at, a, b in push.returns[peer]]
             return [
-                _Copy(buffers[peer][me, plane, row, start + shift : stop + shift], plane, row, start, stop)
-                for start, stop, shift in cut if start < stop for plane in range(2) for row in range(B)
+                _Copy(buffers[peer][slot, plane, row, a:b], 2 * room + plane, row, at, at + b - a)
+                for room, slot in enumerate(push.slots)
+                for at, a, b in push.returns[room][peer] for plane in range(2) for row in range(B)
             ]  # fmt: skip
 
         abroad = tuple(c for peer in _others(self._peers) for c in copies(peer))
         return _Route(buffers[me], tuple(copies(me)), ((push.local_len, abroad),))
 
 
-class _Leaving:
-    """Gradients on their way home, in parts, each as soon as no call will add to it any more."""
-
-    def __init__(self, transport: SymmetricTransport, name: str, dkv: torch.Tensor) -> None:
-        self._transport, self._name, self._dkv = transport, name, dkv
-        self._peers, self._push = transport._peers, transport._push
-        self._sent: int | None = None  # from where on places have left; None before the first
-        self._parts = self._push.length > 0 and self._peers.in_stages(dkv.numel() * dkv.element_size())
-
-    def upfrom(self, place: int) -> None:
-        """Nothing more is added to places from this one on. Where all is little, it leaves together in the end."""
-        if place < (self._push.length if self._sent is None else self._sent) and (self._parts or place == 0):
-            self._send(place)
-
-    def _send(self, place: int) -> None:
-        peers, dkv, first = self._peers, self._dkv, self._sent is None
-        end = self._push.length if first else self._sent
-        assert end is not None
-        route = self._route(place, end)
-        if first and self._push.sums is None:
-            route.mine.zero_()  # where the senders of a token are not neighbours, absent ones are summed as zeros
-        _issue(peers, route.here, dkv)
-        peers.follow()
-        with peers.transfers():
-            if first:
-                self._transport._free(self._name)
-            peers.pause("copy")
-            _issue(peers, route.stages[0][1], dkv)
-        self._sent = place
-
-    def _route(self, first: int, end: int) -> _Route:
-        _, B, _, K, H = self._dkv.shape
-        return self._transport._route(self._name, self._transport._dkv_route, (first, end, B, K, H), self._dkv.dtype)
-
-    def finish(self) -> Pending[KV]:
-        """All has been computed: returns dk, dv (B, T, K, H), summed over the ranks."""
-        if self._sent != 0:
-            self._send(0)
-        peers, dkv, name, T = self._peers, self._dkv, self._name, self._push.local_len
-        record("reduce_scatter", "dkv", dkv)
-        mine, sums = self._route(0, self._push.length).mine, self._push.sums
-        with peers.transfers():
-            marks = [(T, self._transport._arrived())]
-
-        def result() -> KV:
-            peers.pause("read")
-            total = dkv.new_empty(2, dkv.shape[1], T, *dkv.shape[3:])
-            for a, b, first, end in sums or ((0, T, 0, peers.size),):
-                _sum_slots(total[:, :, a:b], mine[first:end, :, :, a:b])
-            peers.mark_read(name)
-            return total[0], total[1]
-
-        return _Arriving(peers, marks, result, dkv)
-
-
-def _issue(peers: PeerMemory, copies: Sequence[_Copy], planes: Sequence[torch.Tensor]) -> None:
-    peers.copy([copy.place for copy in copies], [copy.source(planes) for copy in copies])
+def _pairs(copies: Sequence[_Copy], planes: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return [copy.place for copy in copies], [copy.source(planes) for copy in copies]
 
 
 def _sum_slots(total: torch.Tensor, slots: torch.Tensor) -> None:

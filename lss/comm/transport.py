@@ -1,12 +1,11 @@
 """How keys and values reach the ranks that see them, and their gradients come home: the table, and the choice.
 
-A transport serves one attention call. Its user gathers, computes, releases, and lets gradients leave, one head chunk after
-another; the next gather and the last chunk's gradients may be under way meanwhile.
+A transport serves one attention call. Its user gathers, computes, releases, and scatters, one head chunk after another;
+the next gather and the last scatter may be under way meanwhile, never two scatters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from lss.comm.collectives import KV, Communicator, Pending, split_kv
 from lss.comm.symmetric import SymmetricTransport
 from lss.config.errors import refuse
-from lss.segment import Fetch, LocalRun, Mask, Segment, plan_fetch, plan_push
+from lss.segment import Fetch, LocalRun, Mask, Segment, plan_all, plan_fetch, plan_push
 
 TRANSPORTS = ("auto", "collective", "symmetric")
 DKV_DTYPES = ("auto", "float32", "inputs")
@@ -41,39 +40,17 @@ class Transport(Protocol):
         """The tensors that were waited for last have been read."""
         ...
 
-    def new_dkv(self, like_BTKH: torch.Tensor) -> torch.Tensor:
-        """Uninitialised room for dK and dV of all fetched tokens."""
+    def new_dkv(self, like_BTKH: torch.Tensor) -> list[torch.Tensor]:
+        """Uninitialised rooms for dK and dV of all fetched tokens; one, or as many as `Schedule.rooms`."""
         ...
 
     def split(self, dkv: torch.Tensor) -> KV:
-        """dK and dV, (B, L, K, H) each, of such a room."""
+        """dK and dV, (B, L, K, H) each, of a room."""
         ...
 
-    def leave(self, dkv: torch.Tensor) -> Leaving:
-        """The way home of gradients that are about to be computed into such a room."""
+    def scatter(self, rooms: list[torch.Tensor]) -> Pending[KV]:
+        """Bring home what has been computed into such rooms: dk, dv (B, T, K, H), summed over rooms and ranks."""
         ...
-
-
-class Leaving(Protocol):
-    """The way home of dK and dV."""
-
-    def upfrom(self, place: int) -> None:
-        """Nothing more is added to the gradients of places from this one on: they may leave."""
-        ...
-
-    def finish(self) -> Pending[KV]:
-        """All has been computed: dk, dv (B, T, K, H), summed over the ranks."""
-        ...
-
-
-class _Together:
-    """Gradients that leave all at once, when all have been computed."""
-
-    def __init__(self, send: Callable[[], Pending[KV]]) -> None:
-        self.finish = send
-
-    def upfrom(self, place: int) -> None:
-        pass
 
 
 class CollectiveTransport:
@@ -105,18 +82,15 @@ class CollectiveTransport:
     def release(self) -> None:
         pass
 
-    def new_dkv(self, like_BTKH: torch.Tensor) -> torch.Tensor:
+    def new_dkv(self, like_BTKH: torch.Tensor) -> list[torch.Tensor]:
         B, _, K, H = like_BTKH.shape
-        return torch.empty(self.length, 2, B, K, H, dtype=self._dkv_dtype, device=like_BTKH.device)
+        return [torch.empty(self.length, 2, B, K, H, dtype=self._dkv_dtype, device=like_BTKH.device)]
 
     def split(self, dkv: torch.Tensor) -> KV:
         return split_kv(dkv)
 
-    def leave(self, dkv: torch.Tensor) -> Leaving:
-        return _Together(lambda: self.scatter(dkv))
-
-    def scatter(self, dkv: torch.Tensor) -> Pending[KV]:
-        """One collective for all of them."""
+    def scatter(self, rooms: list[torch.Tensor]) -> Pending[KV]:
+        (dkv,) = rooms
         if self._fetch is not None:
             return self._comm.return_dkv(dkv, self._fetch)
         return self._comm.reduce_scatter_dkv(self._keys.reorder(dkv, 0, self._keys.orders(self._comm.arrival)[1]))
@@ -137,15 +111,16 @@ class LocalTransport:
     def release(self) -> None:
         pass
 
-    def new_dkv(self, like_BTKH: torch.Tensor) -> torch.Tensor:
+    def new_dkv(self, like_BTKH: torch.Tensor) -> list[torch.Tensor]:
         B, _, K, H = like_BTKH.shape
-        return torch.empty(2, B, self.length, K, H, dtype=self._dkv_dtype, device=like_BTKH.device)
+        return [torch.empty(2, B, self.length, K, H, dtype=self._dkv_dtype, device=like_BTKH.device)]
 
     def split(self, dkv: torch.Tensor) -> KV:
         return dkv[0], dkv[1]
 
-    def leave(self, dkv: torch.Tensor) -> Leaving:
-        return _Together(lambda: Pending((), lambda: self.split(dkv)))
+    def scatter(self, rooms: list[torch.Tensor]) -> Pending[KV]:
+        (dkv,) = rooms
+        return Pending((), lambda: self.split(dkv))
 
 
 def make_transport(
@@ -158,6 +133,7 @@ def make_transport(
     *,
     dkv_dtype: str,
     head_chunks: int,
+    placed: bool = True,
     summed: bool = True,
 ) -> Transport:
     """The transport of one attention call.
@@ -165,8 +141,11 @@ def make_transport(
     Args:
         name: "collective" or "symmetric"; "auto" is symmetric on GPUs that reach one another's memory, else collective.
         masks: of the whole sequence, which every rank plans by.
-        dkv_dtype: what dK and dV of half precision travel in: "float32", or "inputs", their own dtype. "auto" is float32
-            where a collective sums them one after another in the dtype that they travel in, and "inputs" else.
+        dkv_dtype: what dK and dV of half precision travel in: "float32", or "inputs", their own dtype. "auto" is "inputs"
+            where nothing is added in it: on GPUs, with symmetric transport and calls that write apart, all sums are the
+            owner's, in float32. Else it is float32.
+        placed: as in `lss.segment.make_blocks`.
+        summed: whether several calls of this rank see the same key.
 
     Raises:
         Refused: an unknown name, or "symmetric" where ranks do not reach one another's memory.
@@ -182,9 +161,12 @@ def make_transport(
         fit = "the ranks of the cp group do not reach one another's memory; use 'auto' or 'collective'"
         raise refuse("transport", name, fit)
     if peers is not None:
-        push = plan_push(queries, keys, masks)
-        narrow = dkv_dtype == "inputs" or (dkv_dtype == "auto" and k_BTKH.is_cuda)
+        apart = plan_all(queries, keys, masks, placed).apart
+        # kernels on GPUs round each call's gradients to half precision anyway; those on the CPU do not
+        narrow = dkv_dtype == "inputs" or (dkv_dtype == "auto" and apart and k_BTKH.is_cuda)
         dtype = k_BTKH.dtype if narrow else wide
+        # float32 sums lose nothing that counts, and one room is half the memory
+        push = plan_push(queries, keys, masks, placed, narrow and (dtype != wide or dkv_dtype == "inputs"))
         return SymmetricTransport(peers, push, depth=min(head_chunks, 2), dkv_dtype=dtype)
     fetch = plan_fetch(queries, keys, masks)
     return CollectiveTransport(comm, keys, fetch, k_BTKH.dtype if dkv_dtype == "inputs" else wide)

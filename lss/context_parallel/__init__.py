@@ -113,8 +113,9 @@ def attention(
         transport: how "lss" moves keys and their gradients: "collective" (all-gather and reduce-scatter of NCCL or gloo) or
             "symmetric" (ranks of one host write into one another's memory, beside the attention that computes; on the CPU
             shared memory); "auto" is symmetric on GPUs that reach one another's memory, else collective.
-        dkv_dtype: what dK and dV of half precision travel in: "float32", or "inputs", the dtype of k and v, half the bytes;
-            "auto" is "inputs" with symmetric transport, which sums over the ranks in float32 all the same, else "float32".
+        dkv_dtype: what dK and dV of half precision travel in: "float32", or "inputs", the dtype of k and v, half the bytes.
+            "auto" is "inputs" on GPUs with symmetric transport where no two calls of a rank's kernel add to one key's
+            gradient in it (all sums are then the owner's, in float32), else "float32".
         seq_len: the true S where `lss.shard` had to pad.
         seg: the segment to compute by, instead of `order`, `seq_len` and `cu_seqlens`; with `make_segment(S, None)` the
             queries are whole on every rank.

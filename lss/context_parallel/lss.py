@@ -57,6 +57,7 @@ def open_transport(spec: AttentionSpec, k_BTKH: torch.Tensor) -> Transport:
         k_BTKH,
         dkv_dtype=spec.dkv_dtype,
         head_chunks=len(spec.groups or ()) or spec.head_chunks,
+        placed=work.scores is not None,
         summed=work.schedule(keys.local_runs, spec.segment.local_len, keys.local_len).dk_summed,
     )
 
@@ -106,15 +107,15 @@ class _LSSAttention(torch.autograd.Function):
         fetched = ((*kv, None) for kv in zip(kept[::2], kept[1::2], strict=True)) if kept else _fetched(k, v, groups, transport)
         home = _Home(k, len(groups))
         for (q_heads, k_heads), (keys, values, ready) in zip(groups, fetched, strict=True):
-            dkv = transport.new_dkv(keys)
+            rooms = transport.new_dkv(keys)
             douts, queries, outs, dqs = (x[:, :, q_heads] for x in (dout, q, out, dq))
-            work, (dks, dvs) = spec.work.of_heads(q_heads), transport.split(dkv)
-            given, leaving = (douts, queries, keys, values, outs, lse[:, q_heads]), transport.leave(dkv)
-            work.backward(dqs, dks, dvs, *given, transport.runs, ready=ready, final=leaving.upfrom)
+            work, (dkvs, *more) = spec.work.of_heads(q_heads), [transport.split(room) for room in rooms]
+            given = douts, queries, keys, values, outs, lse[:, q_heads]
+            work.backward(dqs, *dkvs, *given, transport.runs, ready=ready, more=more)
             if not kept:
                 transport.release()
-            home.arrive()  # the last chunk's gradients have had this chunk's time
-            home.expect(k_heads, leaving.finish())
+            home.arrive()  # the last chunk's scatter has had this chunk's time
+            home.expect(k_heads, transport.scatter(rooms))
         home.arrive()
         return dq.to(q.dtype), *home.grads, sinks_gradient(dout, out, lse, sinks), None, None
 

@@ -13,11 +13,10 @@ from lss.kernels.rules import Rules, Scores
 from lss.kernels.table import Kernel
 from lss.kernels.varlen import Wave, plan_waves
 from lss.segment import Block, LocalRun, Mask, Run, Segment, make_blocks
+from lss.segment.blocks import MOST_APART, backward_order, rooms_of
 from lss.segment.mask import merged
 
 
-# From so many blocks on a launch for each costs more than their scores, and they are computed together.
-FEWEST_TOGETHER = 4
 Ready = Callable[[int], None]
 Piece = tuple[int, int, bool]  # (start, stop, whether something stands there already)
 
@@ -29,7 +28,7 @@ class Call:
     Attributes:
         overlapping: the outputs are merged with those of other calls.
         dq, dk: pieces of the gradients of queries and keys; None where nothing stands there yet, and the kernel may write.
-        final: from which key on no later call of backward's order adds anything.
+        room: which of several rooms for dK and dV this call has to itself, where it is given them.
     """
 
     rows: slice
@@ -37,7 +36,7 @@ class Call:
     overlapping: bool
     dq: tuple[Piece, ...] | None
     dk: tuple[Piece, ...] | None
-    final: int = 0
+    room: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,13 @@ class Schedule:
         return any(call.dq is not None for call in self.backward)
 
     @property
+    def rooms(self) -> int:
+        """How many rooms there are for dK and dV, so that no call need add to what another wrote."""
+        return 1 + max((call.room for call in self.backward), default=0)
+
+    @property
     def dk_summed(self) -> bool:
-        """Whether some key does."""
+        """Whether some key does, in one room."""
         return any(call.dk is not None for call in self.backward)
 
 
@@ -84,20 +88,18 @@ def _schedule(
             if not mask.merging:  # what is merged starts from nothing, 0 and -inf
                 answered.add(forward[-1].rows, block.q_start, block.q_stop)
     dq, dk = _Covered(lengths[0], groups), _Covered(lengths[1], groups)
+    blocks = [call.block for call in forward]
+    rooms = rooms_of(blocks) if len(masks) == 1 else None
     backward = []
-    for call in sorted(forward, key=lambda call: call.block.k_start - call.block.k_stop):
-        b = call.block
+    for number in backward_order(blocks):
+        call, b = forward[number], blocks[number]
         pieces = dq.pieces(call.rows, b.q_start, b.q_stop), dk.pieces(call.rows, b.k_start, b.k_stop)
         written = [p if any(old for *_, old in p) else None for p in pieces]
-        backward.append(replace(call, dq=written[0], dk=written[1]))
+        backward.append(replace(call, dq=written[0], dk=written[1], room=0 if rooms is None else rooms[number]))
         dq.add(call.rows, b.q_start, b.q_stop)
         dk.add(call.rows, b.k_start, b.k_stop)
-    reach = 0
-    for number in reversed(range(len(backward))):
-        backward[number] = replace(backward[number], final=reach)
-        reach = max(reach, backward[number].block.k_stop)
     one_row = len(masks) == 1 and masks[0][1] - masks[0][0] == 1 and not masks[0][2].merging
-    together = varlen and one_row and len(forward) >= FEWEST_TOGETHER
+    together = varlen and one_row and len(forward) > MOST_APART
     waves = plan_waves(tuple(call.block for call in forward)) if together else ()
     return Schedule(tuple(forward), tuple(backward), answered.gaps(), dq.gaps(), dk.gaps(), waves)
 
@@ -232,21 +234,24 @@ class Work:
         *,
         add_dq: bool = False,
         ready: Ready | None = None,
-        final: Ready | None = None,
+        more: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     ) -> None:
         """Write the gradients to dq, dk and dv in place, where nothing need stand; with `add_dq` dq is added to.
 
         out and lse are those of all keys that a query sees. What several calls give is summed in the dtype of its place.
-        `final` is told after each kernel from which key on dk and dv are done.
+        With `more` rooms for dk and dv, as many as `Schedule.rooms` has, nothing is added: each call writes into its own, and
+        what no call writes there is left as it is.
         """
         schedule = self.schedule(keys, q_BTNH.shape[1], k_BSKH.shape[1])
         if schedule.waves:
             grads, given = (dq_BTNH, dk_BSKH, dv_BSKH), (dout_BTNH, q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT)
             self._backward_waves(schedule, grads, given, add_dq, ready)
             return
+        rooms = [(dk_BSKH, dv_BSKH), *more]
+        assert len(rooms) in (1, schedule.rooms)
         for rows, t in () if add_dq else schedule.dq_gaps:
             dq_BTNH[rows, t].zero_()
-        for rows, s in schedule.dk_gaps:
+        for rows, s in () if more else schedule.dk_gaps:
             dk_BSKH[rows, s].zero_()
             dv_BSKH[rows, s].zero_()
         for call in schedule.backward:
@@ -254,23 +259,18 @@ class Work:
             t, s = slice(b.q_start, b.q_stop), slice(b.k_start, b.k_stop)
             if ready is not None:
                 ready(b.k_stop)
-            dq = ((t.start, t.stop, True),) if add_dq else call.dq
-            place = (
-                dq_BTNH[rows, t] if dq is None else None,
-                dk_BSKH[rows, s] if call.dk is None else None,
-                dv_BSKH[rows, s] if call.dk is None else None,
-            )
+            dq, dk = ((t.start, t.stop, True),) if add_dq else call.dq, None if more else call.dk
+            room = [x[rows, s] for x in rooms[call.room if more else 0]]
+            place = (dq_BTNH[rows, t] if dq is None else None, *(room if dk is None else (None, None)))
             grads = self.kernel.backward(
                 dout_BTNH[rows, t], q_BTNH[rows, t], k_BSKH[rows, s], v_BSKH[rows, s], out_BTNH[rows, t],
                 lse_BNT[rows, :, t], **self._how(call), into=place,
             )  # fmt: skip
             if dq is not None:
                 _put(dq_BTNH, grads[0], rows, dq)
-            if call.dk is not None:
-                _put(dk_BSKH, grads[1], rows, call.dk)
-                _put(dv_BSKH, grads[2], rows, call.dk)
-            if final is not None and call.final:
-                final(call.final)
+            if dk is not None:
+                _put(dk_BSKH, grads[1], rows, dk)
+                _put(dv_BSKH, grads[2], rows, dk)
 
     # -- many blocks in one call ---------------------------------------------------------------------------------------
 

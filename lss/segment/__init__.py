@@ -1,7 +1,7 @@
 """Which tokens of a sequence a rank holds and what they see: index arithmetic only, no tensors move here."""
 
 from lss.segment.blocks import Block, LocalRun, make_blocks
-from lss.segment.fetch import Fetch, Push, plan_fetch, plan_push
+from lss.segment.fetch import Fetch, Push, plan_all, plan_fetch, plan_push
 from lss.segment.mask import Mask, Run, make_mask, runs_of
 from lss.segment.order import ORDERS, Segment, make_segment
 
@@ -17,6 +17,7 @@ __all__ = [
     "make_blocks",
     "make_mask",
     "make_segment",
+    "plan_all",
     "plan_fetch",
     "plan_push",
     "runs_of",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -34,6 +34,11 @@ class Block:
     k_place: int = 0
 
 
+# From more blocks on their launches cost more than their scores, and kernels compute many of them together.
+MOST_APART = 3
+MOST_ROOMS = 2
+
+
 @lru_cache(maxsize=64)
 def make_blocks(
     q_runs: tuple[LocalRun, ...], k_runs: tuple[LocalRun, ...], mask: Mask, placed: bool = True
@@ -51,6 +56,31 @@ def make_blocks(
                 if block is not None:
                     blocks.append(block)
     return _joined(blocks, placed)
+
+
+def backward_order(blocks: Sequence[Block]) -> list[int]:
+    """The numbers of the blocks as gradients are computed: the one that sees most keys first."""
+    return sorted(range(len(blocks)), key=lambda number: blocks[number].k_start - blocks[number].k_stop)
+
+
+def rooms_of(blocks: Sequence[Block]) -> tuple[int, ...] | None:
+    """For each block the room that its dK and dV are written to, so that no two blocks of a room see the same key.
+
+    None where that takes more rooms, or there are more blocks, than are worth it: all then share one room, and add.
+    """
+    if len(blocks) > MOST_APART:
+        return None
+    rooms: list[int | None] = [None] * len(blocks)
+    for number in backward_order(blocks):
+        block = blocks[number]
+        taken = {
+            rooms[other]
+            for other, b in enumerate(blocks)
+            if rooms[other] is not None and b.k_start < block.k_stop and block.k_start < b.k_stop
+        }
+        rooms[number] = next(room for room in range(len(blocks)) if room not in taken)
+    found = tuple(room for room in rooms if room is not None)
+    return None if max(found, default=0) >= MOST_ROOMS else found
 
 
 def keys_needed(q_runs: Iterable[LocalRun], masks: Iterable[Mask]) -> tuple[Run, ...]:

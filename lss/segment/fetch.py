@@ -6,11 +6,12 @@ segments. Every rank computes the whole plan by itself, so nothing need be agree
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from lss.segment.blocks import LocalRun, keys_needed, make_blocks
+from lss.segment.blocks import LocalRun, keys_needed, make_blocks, rooms_of
 from lss.segment.mask import Mask, Run, merged
 from lss.segment.order import Segment
 
@@ -74,29 +75,37 @@ def plan_fetch(queries: Segment, keys: Segment, masks: tuple[Mask, ...]) -> Fetc
     return Fetch(sends, tuple(counts), places, tuple(runs), keys.local_len, in_order == pieces)
 
 
+Pieces = tuple[tuple[int, int, int], ...]
+
+
 @dataclass(frozen=True)
 class Push:
     """One rank's part of an exchange by writing into the other ranks' memory; keys in the order of the sequence.
 
+    Gradients are computed into one or two *rooms*, each with a place for every fetched token: where two kernel calls see
+    the same key, each writes into a room of its own, and the owner adds up what all rooms of all ranks hold.
+
     Attributes:
         sends: for each rank, (start, stop, at): this rank's tokens [start, stop) go to places [at, ...) of its buffer.
-        returns: for each rank, (at, start, stop): places [at, ...) of this rank's buffer are that one's tokens [start, stop).
         runs: this rank's buffer, as `LocalRun`s.
-        lengths: tokens in each rank's buffer.
-        length: tokens in this rank's buffer.
+        lengths: tokens in each rank's buffer; `length` in this one's.
         local_len: tokens that this rank holds.
         firsts: for each rank, how much of its buffer its first call reads; the rest may come while that one computes.
-        sums: (start, stop, first, end): tokens [start, stop) are seen by ranks [first, end), which return gradients of
-            them; None where they are not neighbours somewhere, or there are too many pieces.
+        returns: for each room and rank, (at, start, stop): places [at, ...) of the room are that one's tokens [start, stop).
+        slots: for each room, where its gradients come to lie on the ranks that own the tokens; `n_slots` in all.
+        sums: (start, stop, first, end): tokens [start, stop) get gradients in slots [first, end), and nowhere else; None
+            where those are not neighbours somewhere, or there are too many pieces.
     """
 
-    sends: tuple[tuple[tuple[int, int, int], ...], ...]
-    returns: tuple[tuple[tuple[int, int, int], ...], ...]
+    sends: tuple[Pieces, ...]
     runs: tuple[LocalRun, ...]
     lengths: tuple[int, ...]
     length: int
     local_len: int
     firsts: tuple[int, ...]
+    returns: tuple[tuple[Pieces, ...], ...]
+    slots: tuple[int, ...]
+    n_slots: int
     sums: tuple[tuple[int, int, int, int], ...] | None
 
 
@@ -105,21 +114,67 @@ MOST_SUMS = 16
 
 
 @lru_cache(maxsize=64)
-def plan_push(queries: Segment, keys: Segment, masks: tuple[Mask, ...]) -> Push:
-    """This rank's part of an exchange in which each rank gets the keys that its queries see, and no others."""
+def plan_push(queries: Segment, keys: Segment, masks: tuple[Mask, ...], placed: bool = True, apart: bool = False) -> Push:
+    """This rank's part of an exchange in which each rank gets the keys that its queries see, and no others.
+
+    Args:
+        placed: as in `make_blocks`.
+        apart: calls that see the same key write into rooms of their own, where every rank's can (`Plan.apart`).
+    """
+    plan = plan_all(queries, keys, masks, placed)
+    apart = apart and plan.apart
+    mine, local = keys.rank, keys.local_runs
+    sends = tuple(_placed(local, need) for need in plan.needs)
+    held = [_placed(keys.peer(rank).local_runs, plan.needs[mine]) for rank in range(keys.cp)]
+    rooms = [plan.covered[rank] if apart else (((0, plan.lengths[rank]),),) for rank in range(keys.cp)]
+    returns = tuple(tuple(_within(pieces, room) for pieces in held) for room in rooms[mine])
+    # second rooms behind the first ones, last rank first: those who see a token then stand beside one another
+    order = [(rank, 0) for rank in range(keys.cp)]
+    order += [(rank, 1) for rank in reversed(range(keys.cp)) if len(rooms[rank]) > 1]
+    filled = [tuple((a, b, at) for at, a, b in _within(sends[rank], rooms[rank][room])) for rank, room in order]
+    slots = tuple(order.index((mine, room)) for room in range(len(rooms[mine])))
+    firsts = tuple(plan.firsts)
+    return Push(sends, plan.runs[mine], plan.lengths, plan.lengths[mine], keys.local_len, firsts, returns,
+                slots, len(order), _sums(filled, keys.local_len))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all ranks need and compute.
+
+    Attributes:
+        needs: the places in the sequence of each rank's keys; `runs` and `lengths` say how they lie in its buffer.
+        firsts: how much of its buffer each rank's first call reads.
+        covered: for each rank and room, the places of its buffer whose gradients are computed there.
+        apart: whether on every rank each call writes its gradients where no other does.
+    """
+
+    needs: tuple[tuple[Run, ...], ...]
+    runs: tuple[tuple[LocalRun, ...], ...]
+    lengths: tuple[int, ...]
+    firsts: tuple[int, ...]
+    covered: tuple[tuple[tuple[Run, ...], ...], ...]
+    apart: bool
+
+
+@lru_cache(maxsize=64)
+def plan_all(queries: Segment, keys: Segment, masks: tuple[Mask, ...], placed: bool = True) -> Plan:
+    """What all ranks need and compute, as every rank knows it."""
     peers = [queries.peer(rank) if queries.cp > 1 else queries for rank in range(keys.cp)]
-    needs = [keys_needed(peer.local_runs, masks) for peer in peers]
-    sends = tuple(_placed(keys.local_runs, need) for need in needs)
-    held = (_placed(keys.peer(rank).local_runs, needs[keys.rank]) for rank in range(keys.cp))
-    returns = tuple(tuple((at, a, b) for a, b, at in pieces) for pieces in held)
+    needs = tuple(keys_needed(peer.local_runs, masks) for peer in peers)
     runs = tuple(_buffer_runs(need) for need in needs)
     lengths = tuple(sum(stop - start for start, stop in need) for need in needs)
-    firsts = tuple(
-        _first_reach(peer.local_runs, held, masks) if len(masks) == 1 else length
-        for peer, held, length in zip(peers, runs, lengths, strict=True)
-    )
-    mine = keys.rank
-    return Push(sends, returns, runs[mine], lengths, lengths[mine], keys.local_len, firsts, _sums(sends, keys.local_len))
+    firsts, covered, apart = [], [], len(masks) == 1
+    for peer, held, length in zip(peers, runs, lengths, strict=True):
+        blocks = make_blocks(peer.local_runs, held, masks[0], placed) if len(masks) == 1 else ()
+        rooms = rooms_of(blocks)
+        apart = apart and rooms is not None
+        firsts.append(blocks[0].k_stop if blocks else length)
+        covered.append(tuple(
+            merged((b.k_start, b.k_stop) for b, own in zip(blocks, rooms or (), strict=False) if own == room)
+            for room in range(max(rooms or (), default=0) + 1)
+        ))  # fmt: skip
+    return Plan(needs, runs, lengths, tuple(firsts), tuple(covered), apart)
 
 
 def _buffer_runs(need: tuple[Run, ...]) -> tuple[LocalRun, ...]:
@@ -131,12 +186,7 @@ def _buffer_runs(need: tuple[Run, ...]) -> tuple[LocalRun, ...]:
     return tuple(runs)
 
 
-def _first_reach(queries: tuple[LocalRun, ...], keys: tuple[LocalRun, ...], masks: tuple[Mask, ...]) -> int:
-    blocks = make_blocks(queries, keys, masks[0])
-    return blocks[0].k_stop if blocks else 0
-
-
-def _placed(local_runs: tuple[LocalRun, ...], need: tuple[Run, ...]) -> tuple[tuple[int, int, int], ...]:
+def _placed(local_runs: tuple[LocalRun, ...], need: tuple[Run, ...]) -> Pieces:
     """(local start, local stop, place among the needed tokens) of each piece of `need` that lies in these runs."""
     offsets = dict(zip(need, accumulate((b - a for a, b in need), initial=0), strict=False))
     return tuple(
@@ -146,16 +196,27 @@ def _placed(local_runs: tuple[LocalRun, ...], need: tuple[Run, ...]) -> tuple[tu
     )
 
 
-def _sums(sends: tuple[tuple[tuple[int, int, int], ...], ...], length: int) -> tuple[tuple[int, int, int, int], ...] | None:
-    borders = sorted({0, length, *(x for pieces in sends for a, b, _ in pieces for x in (a, b))})
+def _within(pieces: Pieces, places: tuple[Run, ...]) -> Pieces:
+    """(place, local start, local stop) of what lies at these places of the buffer."""
+    found = []
+    for start, stop, at in pieces:
+        for first, end in places:
+            a, b = max(at, first), min(at + stop - start, end)
+            if a < b:
+                found.append((a, start + a - at, start + b - at))
+    return tuple(found)
+
+
+def _sums(filled: Sequence[Pieces], length: int) -> tuple[tuple[int, int, int, int], ...] | None:
+    borders = sorted({0, length, *(x for pieces in filled for a, b, _ in pieces for x in (a, b))})
     if len(borders) - 1 > MOST_SUMS:
         return None
     sums = []
     for a, b in pairwise(borders):
-        ranks = [rank for rank, pieces in enumerate(sends) if any(c <= a and b <= d for c, d, _ in pieces)]
-        if ranks and ranks != list(range(ranks[0], ranks[-1] + 1)):
+        slots = [slot for slot, pieces in enumerate(filled) if any(c <= a and b <= d for c, d, _ in pieces)]
+        if slots and slots != list(range(slots[0], slots[-1] + 1)):
             return None
-        sums.append((a, b, ranks[0], ranks[-1] + 1) if ranks else (a, b, 0, 0))
+        sums.append((a, b, slots[0], slots[-1] + 1) if slots else (a, b, 0, 0))
     return tuple(sums)
 
 

@@ -72,9 +72,8 @@ def test_check_exits_1_where_gradients_differ(tmp_path):
     """Plant a fault in this process only: dK and dV averaged instead of summed."""
     script = (
         "import sys, lss.comm.transport as t, lss.cli as cli\n"
-        "def halved(self, dkv):\n"
-        "    return t._Together(lambda: t.Pending((), lambda: self.split(dkv / 2)))\n"
-        "t.LocalTransport.leave = halved\n"
+        "whole = t.LocalTransport.scatter\n"
+        "t.LocalTransport.scatter = lambda self, rooms: whole(self, [room / 2 for room in rooms])\n"
         f"sys.exit(cli.main(['check', {TINY!r}, 'model.n_layers=1']))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -183,9 +183,22 @@ def open_peers(group: dist.ProcessGroup, device: torch.device) -> PeerMemory | N
     reached = len(set(devices)) == len(devices) and all(
         torch.cuda.can_device_access_peer(mine[3], other) for other in devices if other != mine[3]
     )
-    verdicts: list[Any] = [None] * len(told)
-    dist.all_gather_object(verdicts, reached, group=group)
-    return CudaPeerMemory(group) if all(verdicts) else None
+    if not _agreed(reached, group):
+        return None
+    peers = CudaPeerMemory(group)
+    try:  # drivers and containers that forbid the mapping say so at the first buffer
+        peers.buffer("trial", 4096)
+        works = True
+    except RuntimeError:
+        works = False
+    return peers if _agreed(works, group) else None
+
+
+def _agreed(verdict: bool, group: dist.ProcessGroup) -> bool:
+    """Whether every rank says so."""
+    verdicts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(verdicts, verdict, group=group)
+    return all(verdicts)
 
 
 def _boot_id() -> str:

@@ -104,6 +104,16 @@ def test_model_gradients_in_float64(cp, dp, strategy, positions):
             assert result[what] <= 1e-12, what
 
 
+@pytest.mark.parametrize("strategy", ["lss", "lss_2d", "ring", "ulysses"])
+@pytest.mark.parametrize("transport", ["collective", "symmetric"])
+def test_gradients_with_attention_kept_and_tiles_in_float64(strategy, transport):
+    options = {"strategy": strategy, "model": {"n_kv_heads": 4, "dropout": 0.1}, "seq_len": 61, "labels": "uneven",
+               "checkpointing": "attention", "tiles": 7, "transport": transport}  # fmt: skip
+    for result in pool(2, "nccl").run(parity_case, 2, 1, **options):
+        for what in ("gradient", "loss", "logits", "norm", "clipped"):
+            assert result[what] <= 1e-12, what
+
+
 @pytest.mark.parametrize("a, b", [pair for pair in pairs() if "tp" not in pair and "sdpa_cpu" not in pair])
 def test_every_pair_of_features_is_exact_or_refused(a, b):
     """The support table on GPUs: float64 by plain torch, and the fused kernels in the precision that they have."""

@@ -3,8 +3,8 @@
 Each rank copies its own keys and values to where they stand *in sequence order* in every other rank's buffer, and only
 those that the rank there sees: no staging, no reordering, no key that nobody looks at. Gradients travel the same way
 back, into a slot per sender and kernel call, and the owner sums the slots that hold something, in float32 inside one
-kernel: no rank adds up half precision on the way, and no zeros travel. On GPUs the
-copies run on a side stream by the copy engines, beside the attention that computes meanwhile.
+kernel: no rank adds up half precision on the way, and no zeros travel. On GPUs the copies run on a side stream, long ones
+by the copy engines, beside the attention that computes meanwhile.
 
 A transfer is four steps, in the same order on every rank:
 
@@ -32,6 +32,8 @@ from lss.comm.collectives import KV, Pending
 from lss.comm.counter import record
 from lss.comm.peers import PeerMemory
 from lss.segment import Push
+
+MOST_ROUTES = 64
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class SymmetricTransport:
         depth: how many gathers, and how many returns, may be under way or being read at a time.
         dkv_dtype: the dtype that dK and dV travel and are summed within a rank in; the sum over ranks is in float32.
 
-    Memory: `depth` buffers of the fetched K and V, and as many of a segment's dK and dV for each slot; they stay for the
-    next call.
+    Memory: `depth` buffers of the fetched K and V, and as many of a segment's dK and dV for each slot (2 cp - 1 of them at
+    most); they stay for the next call.
     """
 
     volatile = True  # the buffers are written again by the next gathers
@@ -176,12 +178,12 @@ class SymmetricTransport:
     ) -> list[tuple[int, Any]]:
         """Issue a transfer; returns (tokens that have come, mark) of each stage."""
         peers, marks = self._peers, []
+        peers.wait_for(peers.read.get(name))
         if clear:
             route.mine.zero_()
         peers.copy(*_pairs(route.here, planes))
         peers.follow()
         with peers.transfers():
-            peers.wait_for(peers.read.get(name))
             peers.pause("free")
             peers.barrier()
             for come, copies in route.stages:
@@ -194,12 +196,13 @@ class SymmetricTransport:
 
     def _route(self, name: str, make: Callable[..., _Route], shape: tuple[int, ...], dtype: torch.dtype) -> _Route:
         """The route of this transfer, made once for all calls of one cut, shape and dtype."""
-        key = name, id(self._push), shape, dtype, self._peers.staged_bytes
-        if key not in self._peers.routes:
+        routes, key = self._peers.routes, (name, id(self._push), shape, dtype, self._peers.staged_bytes)
+        if key not in routes:
             # the plan is kept with it: its identity stands for it
-            route = make(name, *shape, dtype)
-            self._peers.routes[key] = route, self._push
-        return self._peers.routes[key][0]
+            routes[key] = make(name, *shape, dtype), self._push
+            if len(routes) > MOST_ROUTES:  # documents make another plan of every batch
+                del routes[next(iter(routes))]
+        return routes[key][0]
 
     def _kv_route(self, name: str, B: int, K: int, H: int, dtype: torch.dtype) -> _Route:
         push, me = self._push, self._peers.rank

@@ -151,6 +151,23 @@ def test_parity_holds_when_ranks_are_late(chunks, seed):
     assert max(pool(3).run(late_case, 3, seed, 4, head_chunks=chunks)) <= 1e-13
 
 
+def many_plans_case(cp):
+    """Routes and errors after more plans than are kept, each used twice."""
+    from lss.comm.symmetric import MOST_ROUTES
+
+    worst = 0.0
+    for turn in range(MOST_ROUTES + 4):
+        errors, *_ = attention_case(cp, S=70 + turn // 2, N=2, K=1, B=1, transport="symmetric", H=2)
+        worst = max(worst, *errors)
+    return len(cp_communicator(mesh(cp)).peers(torch.device("cpu")).routes) <= MOST_ROUTES, worst
+
+
+def test_routes_of_past_batches_are_forgotten():
+    for bounded, worst in pool(2).run(many_plans_case, 2):
+        assert bounded
+        assert worst <= 1e-13
+
+
 def _unknown():
     x = torch.randn(1, 4, 2, 8)
     lss.attention(x, x, x, mesh=mesh(2), transport="telepathy")

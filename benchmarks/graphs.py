@@ -84,7 +84,8 @@ def measure(mesh, tokens: int) -> list[dict]:
             replay, results = captured(step)
             for _ in range(3):
                 replay()
-            worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(results, expected, strict=True))
+            pairs = zip(results, expected, strict=True)
+            worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
             row |= {"graph_ms": round(timed(replay), 3), "graph_error": worst, "status": "ok" if worst < 5e-3 else "failed"}
         except RuntimeError as error:
             row |= {"graph_ms": None, "status": f"failed: {str(error).splitlines()[0][:150]}"}
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out")
     options = parser.parse_args()
     mesh = lss.init_mesh(cp=lss.world_size())
-    command = "torchrun --nproc-per-node %d %s" % (mesh.size(), " ".join(sys.argv))
+    command = f"torchrun --nproc-per-node {mesh.size()} {' '.join(sys.argv)}"
     for tokens in map(int, options.lengths.split(",")):
         for row in measure(mesh, tokens):
             row["versions"] = {"lss": lss.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}

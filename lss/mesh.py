@@ -8,6 +8,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -286,7 +287,7 @@ def sub_group(mesh: DeviceMesh, size: int, stride: int) -> dist.ProcessGroup | N
         for members in rank_groups(ranks, size, stride):  # every rank takes part in making every group
             group = dist.new_group(members)
             if dist.get_rank() in members:
-                groups[size, stride] = group
+                groups[size, stride] = cast(dist.ProcessGroup, group)
     return groups[size, stride]
 
 

@@ -189,13 +189,14 @@ def _prepare_local(inputs: Inputs, *, options: AttentionOptions, order: str, com
 
     def step() -> StepResults:
         out, lse = torch.empty_like(q), empty_lse(q)
-        for (heads, _), kv in zip(groups, fetched, strict=True):
-            spec.work.of_heads(heads).forward(out[:, :, heads], lse[:, heads], q[:, :, heads], *kv, transport.runs)
+        for (heads, _), (keys, values) in zip(groups, fetched, strict=True):
+            places, work = (out[:, :, heads], lse[:, heads]), spec.work.of_heads(heads)
+            work.forward(*places, q[:, :, heads], keys, values, transport.runs)
         dq = torch.empty_like(q, dtype=lse.dtype if summed else q.dtype)
-        for (heads, _), kv in zip(groups, fetched, strict=True):
-            (dk, dv), *more = [transport.split(room) for room in transport.new_dkv(kv[0])]
-            dqs, given = dq[:, :, heads], (dout[:, :, heads], q[:, :, heads], *kv, out[:, :, heads], lse[:, heads])
-            spec.work.of_heads(heads).backward(dqs, dk, dv, *given, transport.runs, more=more)
+        for (heads, _), (keys, values) in zip(groups, fetched, strict=True):
+            (dk, dv), *more = [transport.split(room) for room in transport.new_dkv(keys)]
+            given = dout[:, :, heads], q[:, :, heads], keys, values, out[:, :, heads], lse[:, heads]
+            spec.work.of_heads(heads).backward(dq[:, :, heads], dk, dv, *given, transport.runs, more=more)
         return out, dq.to(q.dtype), dk, dv
 
     return step

@@ -251,7 +251,10 @@ def communicator(mesh: DeviceMesh, axes: Sequence[str]) -> Communicator:
 
 def kept_with(mesh: DeviceMesh, axes: tuple[str, ...], make: Callable[[], Communicator]) -> Communicator:
     """One communicator for all calls on a mesh, kept with it: memory that ranks share is opened once."""
-    opened: dict[tuple[str, ...], Communicator] = mesh.__dict__.setdefault("_lss_communicators", {})
+    opened: dict[tuple[str, ...], Communicator] | None = getattr(mesh, "_lss_communicators", None)
+    if opened is None:
+        opened = {}
+        object.__setattr__(mesh, "_lss_communicators", opened)
     if axes not in opened:
         opened[axes] = make()
     return opened[axes]

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
 # Bytes up to which copies are done by one kernel: an engine's start takes as long as 8 MiB over NVLink.
 SHORT_COPY = 16 << 20
 

@@ -218,7 +218,8 @@ class SymmetricTransport:
                 for a, b, at in cut if a < b for plane in range(2) for row in range(B)
             ]  # fmt: skip
 
-        edges = [[0, push.firsts[peer], push.lengths[peer]] if staged else [0, push.lengths[peer]] for peer in range(len(buffers))]
+        ends = zip(push.firsts, push.lengths, strict=True)
+        edges = [[0, first, length] if staged else [0, length] for first, length in ends]
         stages = tuple(
             (edges[me][i + 1], tuple(c for peer in _others(self._peers) for c in copies(peer, *edges[peer][i : i + 2])))
             for i in range(2 if staged else 1)

@@ -156,8 +156,8 @@ class ParallelConfig:
     order: str = _key("head_tail", str, "which tokens are a rank's",
                       choices=("head_tail", "contiguous", "balanced"))  # fmt: skip
     head_chunks: int | str = _key("auto", int, "groups of key heads gathered one after another", low=1, choices=("auto",))
-    transport: str = _key("auto", str, "how keys and their gradients travel: collectives of NCCL or gloo, or writes into the "
-                          "memory of the other ranks of a host; auto: the latter on GPUs that can",
+    transport: str = _key("auto", str, "how keys and their gradients travel: collectives of NCCL or gloo, or writes into "
+                          "the memory of the other ranks of a host; auto: the latter on GPUs that can",
                           choices=("auto", "collective", "symmetric"))  # fmt: skip
     dkv_dtype: str = _key("auto", str, "what gradients of half precision keys travel in; inputs: the keys' own dtype",
                           choices=("auto", "float32", "inputs"))  # fmt: skip

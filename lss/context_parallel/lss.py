@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lss.comm import Pending
+from lss.comm.collectives import KV
 from lss.comm.transport import Transport, make_transport
 from lss.context_parallel.spec import AttentionSpec
 from lss.kernels.blocks import Ready, add_sinks_, sinks_gradient
@@ -104,14 +105,15 @@ class _LSSAttention(torch.autograd.Function):
         # what several calls add to is kept in float32
         summed = spec.work.schedule(transport.runs, q.shape[1], transport.length).dq_summed
         dq = torch.empty_like(q, dtype=lse.dtype if summed else q.dtype)
-        fetched = ((*kv, None) for kv in zip(kept[::2], kept[1::2], strict=True)) if kept else _fetched(k, v, groups, transport)
+        there = ((keys, values, None) for keys, values in zip(kept[::2], kept[1::2], strict=True))
+        fetched = there if kept else _fetched(k, v, groups, transport)
         home = _Home(k, len(groups))
         for (q_heads, k_heads), (keys, values, ready) in zip(groups, fetched, strict=True):
             rooms = transport.new_dkv(keys)
             douts, queries, outs, dqs = (x[:, :, q_heads] for x in (dout, q, out, dq))
-            work, (dkvs, *more) = spec.work.of_heads(q_heads), [transport.split(room) for room in rooms]
+            work, ((dks, dvs), *more) = spec.work.of_heads(q_heads), [transport.split(room) for room in rooms]
             given = douts, queries, keys, values, outs, lse[:, q_heads]
-            work.backward(dqs, *dkvs, *given, transport.runs, ready=ready, more=more)
+            work.backward(dqs, dks, dvs, *given, transport.runs, ready=ready, more=more)
             if not kept:
                 transport.release()
             home.arrive()  # the last chunk's scatter has had this chunk's time

@@ -16,7 +16,6 @@ from lss.segment import Block, LocalRun, Mask, Run, Segment, make_blocks
 from lss.segment.blocks import MOST_APART, backward_order, rooms_of
 from lss.segment.mask import merged
 
-
 Ready = Callable[[int], None]
 Piece = tuple[int, int, bool]  # (start, stop, whether something stands there already)
 
@@ -239,8 +238,8 @@ class Work:
         """Write the gradients to dq, dk and dv in place, where nothing need stand; with `add_dq` dq is added to.
 
         out and lse are those of all keys that a query sees. What several calls give is summed in the dtype of its place.
-        With `more` rooms for dk and dv, as many as `Schedule.rooms` has, nothing is added: each call writes into its own, and
-        what no call writes there is left as it is.
+        With `more` rooms for dk and dv, as many as `Schedule.rooms` has, nothing is added: each call writes into its own,
+        and what no call writes there is left as it is.
         """
         schedule = self.schedule(keys, q_BTNH.shape[1], k_BSKH.shape[1])
         if schedule.waves:
@@ -261,10 +260,11 @@ class Work:
                 ready(b.k_stop)
             dq, dk = ((t.start, t.stop, True),) if add_dq else call.dq, None if more else call.dk
             room = [x[rows, s] for x in rooms[call.room if more else 0]]
-            place = (dq_BTNH[rows, t] if dq is None else None, *(room if dk is None else (None, None)))
+            dks, dvs = room if dk is None else (None, None)
             grads = self.kernel.backward(
                 dout_BTNH[rows, t], q_BTNH[rows, t], k_BSKH[rows, s], v_BSKH[rows, s], out_BTNH[rows, t],
-                lse_BNT[rows, :, t], **self._how(call), into=place,
+                lse_BNT[rows, :, t], **self._how(call),
+                into=(dq_BTNH[rows, t] if dq is None else None, dks, dvs),
             )  # fmt: skip
             if dq is not None:
                 _put(dq_BTNH, grads[0], rows, dq)

@@ -141,8 +141,9 @@ def _attention(
         with torch._dynamo.config.patch(recompile_limit=MOST_KINDS):  # ours alone, and only here
             out, aux = call(
                 *(x.transpose(1, 2) for x in (q, k, v)), score_mod=mod, block_mask=blocks, scale=scale,
-                enable_gqa=q.shape[2] != k.shape[2], return_aux=AuxRequest(lse=True), kernel_options=_OPTIONS,
-            )  # fmt: skip
+                enable_gqa=q.shape[2] != k.shape[2], return_aux=AuxRequest(lse=True),
+                kernel_options=_OPTIONS,  # type: ignore[arg-type]
+            )  # type: ignore[call-overload]  # fmt: skip
         return out.transpose(1, 2), aux.lse
 
     return attend

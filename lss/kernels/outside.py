@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
     """`torch.compiler.disable`, but that it costs nothing, and imports no compiler, where none is at work."""
-    disabled: Callable[P, R] | None = None
+    disabled: Any = None
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

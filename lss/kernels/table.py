@@ -109,9 +109,8 @@ class Kernel(NamedTuple):
             for x, place in zip((q_BTNH, k_BSKH, v_BSKH), into, strict=True)
         )
         if blind < q_BTNH.shape[1]:
-            seeing = (x[:, blind:] for x in (dout_BTNH, q_BTNH))
-            places_left = (dq[:, blind:], dk, dv)
-            self._grad_into(places_left, *seeing, k_BSKH, v_BSKH, out_BTNH[:, blind:], lse_BNT, how)
+            douts, queries, outs = (x[:, blind:] for x in (dout_BTNH, q_BTNH, out_BTNH))
+            self._grad_into((dq[:, blind:], dk, dv), douts, queries, k_BSKH, v_BSKH, outs, lse_BNT, how)
         return dq, dk, dv
 
     def _grad_into(self, into: Places, dout, q, k, v, out, lse, how) -> Grads:

@@ -105,7 +105,8 @@ class _Open:
 
     def close(self) -> Wave:
         queries, keys = zip(*(((b.q_start, b.q_stop), (b.k_start, b.k_stop)) for _, b in self.members), strict=True)
-        return Wave(*self.bounds, queries, keys, tuple(number for number, _ in self.members))
+        left, right = self.bounds
+        return Wave(left, right, queries, keys, tuple(number for number, _ in self.members))
 
 
 def _enough(block: Block) -> tuple[int, int]:

@@ -52,6 +52,14 @@ def test_documents_windows_and_encoders(order, window, causal):
             assert max(errors) <= 1e-13
 
 
+@pytest.mark.parametrize("inner", [1, 2])
+@pytest.mark.parametrize("order", ["head_tail", "contiguous"])
+def test_across_groups_that_share_out_heads(inner, order):
+    options = {"S": 26, "N": 6, "K": 3, "order": order, "strategy": "lss_2d", "inner": inner, "dkv_dtype": "inputs"}
+    for errors, *_ in pool(4).run(attention_case, 4, **options, **SYMMETRIC):
+        assert max(errors) <= 1e-13
+
+
 @pytest.mark.parametrize(
     "dtype, dkv, bound",
     # the CPU's kernel rounds gradients once, at the end: with "inputs" each call's share is rounded besides

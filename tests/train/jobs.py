@@ -59,6 +59,15 @@ def train_run(ranks: int, out: str, overrides: list[str]):
             "weights": weights}  # fmt: skip
 
 
+def deterministic_run(ranks: int, out: str, overrides: list[str]):
+    """`train_run` as `lss train` runs it with train.deterministic=true."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return train_run(ranks, out, ["train.deterministic=true", *overrides])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def uneven_batches(config: Config, segment, rows: slice, count: int) -> list[Batch]:
     """`count` micro-batches of random tokens whose numbers of labels differ widely, cut like `segment`."""
     generator = torch.Generator().manual_seed(7)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.pool import pool
-from tests.train.jobs import train_run
+from tests.train.jobs import deterministic_run, train_run
 
 
 def run(ranks, out, *overrides):
@@ -28,6 +28,17 @@ def test_200_steps_do_not_depend_on_the_cut(tmp_path, positions):
     assert runs[1][-20:].mean() < runs[1][:20].mean() - 0.5, "it learns"
     for cp in (2, 4):
         assert ((runs[cp] - runs[1]).abs() / runs[1]).max() <= 1e-10
+
+
+@pytest.mark.parametrize("transport", ["collective", "symmetric"])
+def test_deterministic_runs_are_the_same_to_the_bit(tmp_path, transport):
+    options = ["train.steps=6", "train.dtype=bfloat16", "model.dropout=0.1", f"parallel.transport={transport}",
+               "parallel.head_chunks=2", "memory.checkpointing=attention", "memory.tiles=7"]  # fmt: skip
+    first, second = (
+        pool(3).run(deterministic_run, 3, str(tmp_path / name), options) for name in ("first", "second")
+    )
+    assert first[0]["losses"] == second[0]["losses"]
+    assert len({result["digest"] for result in (*first, *second)}) == 1
 
 
 LAYOUTS = [

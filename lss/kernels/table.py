@@ -199,6 +199,8 @@ def pick_kernel(name: str, q_BTNH: torch.Tensor, features: Collection[str] = ())
     if name not in KERNEL_CHOICES:
         raise refuse("kernel", name, f"unknown kernel; use one of {', '.join(KERNEL_CHOICES)}")
     wanted = [n for n in KERNELS if name == "auto" or n == name or (name == "sdpa" and n.startswith("sdpa"))]
+    if name == "auto" and q_BTNH.dtype == torch.float32:
+        wanted.remove("flex")  # what float32 is asked for is exactness: plain torch gives it without a compiler
     reasons = {n: _why_not(n, q_BTNH, features) for n in wanted}
     for candidate, reason in reasons.items():
         if reason is None:

@@ -81,7 +81,7 @@ def test_empty_blocks_and_blind_queries(name):
 
 @pytest.mark.parametrize(
     "dtype, H, expected",
-    [(torch.float64, 64, "tiled"), (torch.float32, 64, "flex"), (torch.bfloat16, 64, "flash4"),
+    [(torch.float64, 64, "tiled"), (torch.float32, 64, "tiled"), (torch.bfloat16, 64, "flash4"),
      (torch.bfloat16, 256, "flash4"), (torch.bfloat16, 12, "tiled")],
 )  # fmt: skip
 def test_auto_takes_the_fastest_that_fits(dtype, H, expected):

@@ -162,7 +162,13 @@ class Segment:
         if order is None:
             return x
         chunked = x.unflatten(dim, (len(order), self.chunk_len))
-        return chunked.index_select(dim, torch.tensor(order, device=x.device)).flatten(dim, dim + 1)
+        return chunked.index_select(dim, _index(order, x.device)).flatten(dim, dim + 1)
+
+
+@lru_cache(maxsize=64)
+def _index(order: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """An order as a tensor there; kept, since bringing it to a GPU would wait for the GPU in every layer."""
+    return torch.tensor(order, device=device)
 
 
 @lru_cache(maxsize=64)

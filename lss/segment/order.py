@@ -162,12 +162,13 @@ class Segment:
         if order is None:
             return x
         chunked = x.unflatten(dim, (len(order), self.chunk_len))
-        return chunked.index_select(dim, _index(order, x.device)).flatten(dim, dim + 1)
+        index = _index(order, x.device) if x.is_cuda else torch.tensor(order, device=x.device)
+        return chunked.index_select(dim, index).flatten(dim, dim + 1)
 
 
 @lru_cache(maxsize=64)
 def _index(order: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """An order as a tensor there; kept, since bringing it to a GPU would wait for the GPU in every layer."""
+    """An order as a tensor on a GPU; kept, since bringing it there would wait for the GPU in every layer."""
     return torch.tensor(order, device=device)
 
 

@@ -85,7 +85,8 @@ def _draw(points: Sequence[tuple[Row, float]], axis: str, logarithmic: bool, pat
         figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
+            dated = {"Date": None} if path.suffix == ".svg" else None
+            figure.savefig(path, bbox_inches="tight", metadata=dated, dpi=150)  # tight: long names would be cut off
         except OSError as error:
             raise Refused(f"{path}: cannot be written ({error.strerror}).") from error
 

@@ -16,6 +16,8 @@ from lss.segment import Block, LocalRun, Mask, Run, Segment, make_blocks
 from lss.segment.blocks import MOST_APART, backward_order, rooms_of
 from lss.segment.mask import merged
 
+# Queries of a block, on average, up to which launches cost more than scores; longer ones fill a GPU by themselves.
+SHORT_BLOCK = 1024
 Ready = Callable[[int], None]
 Piece = tuple[int, int, bool]  # (start, stop, whether something stands there already)
 
@@ -98,7 +100,8 @@ def _schedule(
         dq.add(call.rows, b.q_start, b.q_stop)
         dk.add(call.rows, b.k_start, b.k_stop)
     one_row = len(masks) == 1 and masks[0][1] - masks[0][0] == 1 and not masks[0][2].merging
-    together = varlen and one_row and len(forward) > MOST_APART
+    short = sum(b.q_stop - b.q_start for b in blocks) <= SHORT_BLOCK * len(blocks)
+    together = varlen and one_row and short and len(forward) > MOST_APART
     waves = plan_waves(tuple(call.block for call in forward)) if together else ()
     return Schedule(tuple(forward), tuple(backward), answered.gaps(), dq.gaps(), dk.gaps(), waves)
 

@@ -143,13 +143,13 @@ def _blind_queries(q: torch.Tensor, k: torch.Tensor, causal: bool) -> int:
     return max(q.shape[1] - k.shape[1], 0) if causal else 0
 
 
-# The one table. "auto" takes the first that fits, in this order. cuDNN's operator has no form for many blocks, and its
-# results are those of torch's flash operator, whose form serves both.
+# The one table. "auto" takes the first that fits, in this order. Torch's flash operator computes many short blocks in one
+# call for cuDNN too, which has no such form, and for flash-attn-4, whose own (`varlen.flash4_forward`) has not been held to
+# float64 on a GPU yet (tests/gpu/test_varlen.py); their results are the same numbers.
 _FLASH_VARLEN = Varlen(varlen.flash_forward, varlen.flash_backward)
-_FLASH4_VARLEN = Varlen(varlen.flash4_forward, varlen.flash4_backward)
 KERNELS: dict[str, Kernel] = {
     "sdpa_cpu": Kernel("sdpa_cpu", sdpa.cpu_forward, sdpa.cpu_backward),
-    "flash4": Kernel("flash4", flash4.forward, flash4.backward, in_place=True, varlen=_FLASH4_VARLEN),
+    "flash4": Kernel("flash4", flash4.forward, flash4.backward, in_place=True, varlen=_FLASH_VARLEN),
     "sdpa_cudnn": Kernel("sdpa_cudnn", sdpa.cudnn_forward, sdpa.cudnn_backward, varlen=_FLASH_VARLEN),
     "sdpa_flash": Kernel("sdpa_flash", sdpa.flash_forward, sdpa.flash_backward, varlen=_FLASH_VARLEN),
     "flex": Kernel("flex", flex.forward, flex.backward),

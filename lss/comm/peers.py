@@ -40,11 +40,11 @@ class PeerMemory:
         self._buffers: dict[str, tuple[int, Any]] = {}
         # what `lss.comm.symmetric` keeps from call to call: where copies go, and marks of the last reads of each buffer
         self.routes: dict[Any, Any] = {}
+        self.read: dict[str, Any] = {}
         # Bytes from which on a gather comes in stages, beside the kernels that compute meanwhile; None: never. Off:
         # with it, and gradients that left early, two H100s reached 0.83 of ideal at 131,072 tokens; without, in another
         # run, 0.97. A barrier on a GPU is a kernel: it may keep a multiprocessor from attention while it waits.
         self.staged_bytes: int | None = None
-        self.read: dict[str, Any] = {}
 
     def buffer(self, name: str, nbytes: int) -> list[torch.Tensor]:
         """The ranks' buffers of this name, at least `nbytes` bytes each (uint8), this rank's own among them.

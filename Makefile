@@ -7,7 +7,9 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := runs/demo
 
-.PHONY: help venv demo test mutants lint clean
+FUZZ_RUNS ?= 5
+
+.PHONY: help venv demo test fuzz mutants lint clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -35,6 +37,11 @@ demo: venv  ## train a small model on real text on two processes, and prove that
 
 test: venv  ## run the whole suite
 	@$(BIN)/python -m pytest
+
+fuzz: venv  ## run the tests of drawn inputs with new draws, FUZZ_RUNS=5 times
+	@for run in $$(seq $(FUZZ_RUNS)); do \
+	  $(BIN)/python -m pytest --hypothesis-profile=fuzz -m 'not gpu and not multigpu' $$(grep -rl 'from hypothesis' tests --include='test_*.py') \
+	    -k 'any or equals or random or drawn' || exit 1; done
 
 mutants: venv  ## plant known faults and show that the suite catches each
 	@$(BIN)/python tests/mutants/run.py

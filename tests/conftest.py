@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.distributed.pool import stop_pools
+
+# the same draws at every run, so that a failure is one of the change before it; `make fuzz` draws others
+settings.register_profile("suite", derandomize=True, print_blob=True)
+settings.register_profile("fuzz", derandomize=False, print_blob=True)
+settings.load_profile("suite")
 
 torch.set_num_threads(1)  # the ranks of the pools share these cores
 

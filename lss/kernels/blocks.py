@@ -205,7 +205,8 @@ class Work:
         for rows, t in () if merging else schedule.unseeing:
             out_BTNH[rows, t].zero_()
             lse_BNT[rows, :, t].fill_(float("-inf"))
-        if schedule.waves and not merging and out_BTNH.dtype == q_BTNH.dtype:
+        # a rank of Ulysses may hold no heads, which the calls one by one pass over and the operators for many refuse
+        if schedule.waves and not merging and out_BTNH.dtype == q_BTNH.dtype and q_BTNH.shape[2]:
             self._forward_waves(schedule, (out_BTNH, lse_BNT, q_BTNH, k_BSKH, v_BSKH), ready)
             return
         for call in schedule.forward:
@@ -245,7 +246,7 @@ class Work:
         and what no call writes there is left as it is.
         """
         schedule = self.schedule(keys, q_BTNH.shape[1], k_BSKH.shape[1])
-        if schedule.waves:
+        if schedule.waves and q_BTNH.shape[2]:
             grads, given = (dq_BTNH, dk_BSKH, dv_BSKH), (dout_BTNH, q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT)
             self._backward_waves(schedule, grads, given, add_dq, ready)
             return

@@ -88,6 +88,14 @@ def test_any_combination_equals_the_oracle(cp, problem):
         assert max(errors) <= 1e-12
 
 
+@pytest.mark.parametrize("regather", [True, False])
+def test_ranks_without_heads_have_no_blocks_to_compute_together(regather):
+    """One head on four ranks of Ulysses, and documents so short that a kernel takes many in one call."""
+    options = {"cu_seqlens": list(range(0, 41, 4)), "kernel": "reference", "regather": regather}
+    for errors, *_ in pool(4).run(attention_case, 4, strategy="ulysses", S=40, N=1, K=1, H=4, B=1, **options):
+        assert max(errors) <= BOUND
+
+
 @st.composite
 def crossings(draw):
     """Two lengths, which sides are cut, documents on both, padding of the keys, heads and scores."""

@@ -1,14 +1,17 @@
 """Every collective of the library, counted."""
 
 from lss.comm.collectives import Communicator, Pending, communicator
+from lss.comm.control import Control, control
 from lss.comm.counter import CollectiveCounter, count_collectives
 from lss.comm.hierarchical import cp_communicator
 
 __all__ = [
     "CollectiveCounter",
     "Communicator",
+    "Control",
     "Pending",
     "communicator",
+    "control",
     "count_collectives",
     "cp_communicator",
 ]

@@ -1,0 +1,133 @@
+"""Real rank processes of `lss train` that tests can kill: forked from one process that has imported torch already."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+# One import of torch for all ranks of all runs: without it each rank of each case takes seconds to start.
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "lss.cli.train", "lss.train.trainer", "lss.report", "tests.faults.ranks"])
+
+# A model whose step takes milliseconds; a case adds its own overrides behind.
+SMALL = [
+    "model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.d_mlp=48",
+    "data.seq_len=48", "train.batch_size=4", "train.eval_samples=4", "train.eval_every=0", "train.dtype=float64",
+    "train.deterministic=true",
+]  # fmt: skip
+
+
+def _rank(arguments: Sequence[str], environ: Mapping[str, str], log: str, hook: Callable[[], None] | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ.update(environ)
+    import torch
+
+    torch.set_num_threads(1)
+    if hook is not None:
+        hook()
+    from lss.cli import main
+
+    sys.exit(main(list(arguments)))
+
+
+class Run:
+    """One start of `lss train` as `nproc` ranks of one host, as torchrun starts them, without an agent above them.
+
+    Args:
+        out: the run's folder; each start logs to `out`'s sibling files `NAME.START.RANK.log`.
+        overrides: config keys, after those of `SMALL`.
+        hook: a module-level function that every rank calls before it starts, to plant a fault.
+        environ: variables for every rank; those of rank r alone in `of_rank[r]`.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        nproc: int,
+        overrides: Sequence[str] = (),
+        *,
+        arguments: Sequence[str] | None = None,
+        hook: Callable[[], None] | None = None,
+        environ: Mapping[str, str] | None = None,
+        of_rank: Mapping[int, Mapping[str, str]] | None = None,
+    ) -> None:
+        self.out = Path(out)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        start = len(list(self.out.parent.glob(f"{self.out.name}.*.0.log")))
+        self.logs = [self.out.parent / f"{self.out.name}.{start}.{rank}.log" for rank in range(nproc)]
+        line = ["train", *(SMALL if arguments is None else arguments), *overrides, "--out", str(out)]
+        port = str(free_port())
+        self.processes = []
+        for rank in range(nproc):
+            place = {"RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(nproc),
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
+            mine = place | dict(environ or {}) | dict((of_rank or {}).get(rank, {}))
+            process = _CONTEXT.Process(target=_rank, args=(line, mine, str(self.logs[rank]), hook))
+            process.start()
+            self.processes.append(process)
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send a signal to one rank, if it is still there."""
+        pid = self.processes[rank].pid
+        if pid is not None and self.processes[rank].is_alive():
+            os.kill(pid, number)
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
+        """Wait until the condition holds; fails where every rank has ended or time is up before."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            alive = any(process.is_alive() for process in self.processes)
+            if not alive and condition():
+                return
+            assert alive, f"all ranks ended before it: {self.codes()}\n{self.said()}"
+            assert time.monotonic() < deadline, f"not within {timeout} s\n{self.said()}"
+            time.sleep(0.002)
+
+    def steps(self) -> int:
+        """Steps whose metrics have been written."""
+        try:
+            return (self.out / "metrics.jsonl").read_bytes().count(b"\n")
+        except OSError:
+            return 0
+
+    def wait(self, timeout: float = 60.0) -> list[int | None]:
+        """Wait for all ranks to end; returns their exit codes, -N for a signal N, None for one that did not end."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = self.codes()
+        self.end()
+        return codes
+
+    def codes(self) -> list[int | None]:
+        """Exit codes so far."""
+        return [process.exitcode for process in self.processes]
+
+    def end(self) -> None:
+        """Kill what is left."""
+        for process in self.processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def said(self) -> str:
+        """What all ranks printed."""
+        return "\n".join(f"-- {log.name}\n{log.read_text()}" for log in self.logs if log.exists())
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -251,6 +251,11 @@ def cp_size(mesh: DeviceMesh) -> int:
     return mesh["cp"].size()
 
 
+def ranks_per_node(mesh: DeviceMesh) -> int:
+    """How many ranks share a node; all of them where that is not known, or nodes are not alike."""
+    return _places(mesh).per_node
+
+
 def cp_ranks_per_node(mesh: DeviceMesh) -> int:
     """How many ranks of a cp group share a node; all where they lie on one, or unequally on several."""
     cp, per_node = cp_size(mesh), _places(mesh).per_node

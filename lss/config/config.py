@@ -82,6 +82,9 @@ class Config:
         self._validate_kind()
         self._validate_head_chunks()
         self._validate_compile()
+        if self.memory.offload != "none" and self.memory.checkpointing == "none":
+            fit = f'with memory.offload="{self.memory.offload}" what is kept must be little; use "full" or "attention"'
+            raise refuse("memory.checkpointing", '"none"', fit)
         refuse_pairs(self._features())
         share = parallel.dp * train.accumulate
         if train.batch_size % share:

@@ -174,7 +174,12 @@ class MemoryConfig:
     checkpointing: str = _key("none", str, "full: keep each block's input only; attention: keep the attention's output and "
                               "log-sum-exp too, which spares computing it again",
                               choices=("none", "full", "attention"))  # fmt: skip
-    offload: str = _key("none", str, "where kept activations go", choices=("none",), later=("cpu", "host", "disk", True))
+    offload: str = _key("none", str, "where what checkpointing keeps goes until backward: pinned host memory; disk: host "
+                        "memory, and disk where that is full. What finds no room stays on the device",
+                        choices=("none", "host", "disk"))  # fmt: skip
+    offload_gib: float | str = _key("auto", float, "host memory for it, GiB for each rank; auto: a share of half of what is "
+                                    "free", low=0.001, choices=("auto",))  # fmt: skip
+    offload_path: str = _key("", str, "folder for offload to disk, a fast local one; empty: the system's temporary folder")
     tiles: int | str = _key("auto", int, "tokens at a time in the loss and, where it is computed again, in the MLP; auto: "
                             "a tile's widest tensor takes up to 1 GiB and 0.5 GiB", low=1, choices=("auto",))  # fmt: skip
 

@@ -11,12 +11,15 @@ The queries, keys and values that an attention saves for its own backward would 
 under "attention" a saved-tensor hook drops them as they are saved, and asks the checkpoint of the piece before for them
 when they are needed; that piece's backward then finds what that one recomputation left. "full" does the same one place
 further on, with the attention inside of the checkpoint and its output dropped where the piece after it saves it.
+
+What is kept may be kept elsewhere: an `Offloader` takes it to host memory or disk and brings it back.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -24,12 +27,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lss.config.errors import refuse
 from lss.model.layers import Before, Pieces
+from lss.offload import Kept, Offloader
 from lss.tiled import HIDDEN_BYTES, Piece, SoftmaxTile, check_tiles, compute_dtype, recomputed, softmax_tile, tile_size
 
 CHOICES = ("none", "full", "attention")
 
 
-def make_pieces(checkpointing: str | None, *, tiles: int | str, width: int | None, compiling: bool) -> Pieces:
+def make_pieces(
+    checkpointing: str | None, *, tiles: int | str, width: int | None, compiling: bool, offloader: Offloader | None = None
+) -> Pieces:
     """How a block's pieces are run.
 
     Args:
@@ -37,13 +43,20 @@ def make_pieces(checkpointing: str | None, *, tiles: int | str, width: int | Non
         tiles: tokens at a time in the pieces after attention, where they are computed again; or "auto".
         width: elements that a token has in the widest tensor there; None where a piece needs all tokens at once.
         compiling: pieces are compiled by torch.compile.
+        offloader: where what is kept goes; None keeps it on the device.
+
+    Raises:
+        Refused: unknown values, or an offloader where everything is kept.
     """
     check_tiles(tiles)
     if checkpointing in (None, "none"):
+        if offloader is not None:
+            fit = 'with memory.offload what is kept must be little; use "full" or "attention"'
+            raise refuse("memory.checkpointing", '"none"', fit)
         return _Compiled() if compiling else Pieces()
     if checkpointing not in CHOICES:
         raise refuse("memory.checkpointing", checkpointing, f"use one of {', '.join(map(repr, CHOICES))}")
-    return _Recomputing(checkpointing == "full", tiles, width, _Compiled() if compiling else Pieces())
+    return _Recomputing(checkpointing == "full", tiles, width, _Compiled() if compiling else Pieces(), offloader)
 
 
 class _Compiled(Pieces):
@@ -61,22 +74,27 @@ class _Compiled(Pieces):
 class _Recomputing(Pieces):
     """Pieces under checkpoints; `full`: attention too."""
 
-    def __init__(self, full: bool, tiles: int | str, width: int | None, plain: Pieces) -> None:
-        self._full, self._tiles, self._width = full, tiles, width
+    def __init__(
+        self, full: bool, tiles: int | str, width: int | None, plain: Pieces, offloader: Offloader | None
+    ) -> None:
+        self._full, self._tiles, self._width, self.offloader = full, tiles, width, offloader
         self.compiled = plain.compiled
 
     def attended(self, before: Before, attend: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return attend(*before(*inputs))
-        if self._full:
-            (out,) = _checkpoint(lambda *xs: _Remembered.apply(attend(*before(*xs))), *inputs)
-            return out
-        qkv = _checkpoint(lambda *xs: _Remembered.apply(*before(*xs)), *inputs)
-        with _dropped(qkv):
+        if self.offloader is not None:
+            self.offloader.next_group()
+        with _kept(self.offloader):
+            if self._full:
+                (out,) = _checkpoint(lambda *xs: _Remembered.apply(attend(*before(*xs))), *inputs)
+                return out
+            qkv = _checkpoint(lambda *xs: _Remembered.apply(*before(*xs)), *inputs)
+        with _dropped(qkv, self.offloader):
             return attend(*qkv)
 
     def after(self, piece: Piece, parameters: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        with _dropped((a,) if self._full and torch.is_grad_enabled() else ()):
+        with _dropped((a,) if self._full and torch.is_grad_enabled() else (), self.offloader):
             return recomputed(piece, (x, a), parameters, self._size(x))
 
     def _size(self, x_BTD: torch.Tensor) -> int | None:
@@ -111,33 +129,56 @@ class _Remembered(torch.autograd.Function):
 
 
 class _Recall:
-    """The tensors that a checkpoint remembered, asked of it once in a backward: a checkpoint hands each out once."""
+    """The tensors that a checkpoint remembered, asked of it once in a backward: a checkpoint hands each out once.
+
+    Each is held until it has been asked for as often as it was saved: with keys that are kept, one rank saves its own twice.
+    """
 
     def __init__(self, node: torch.autograd.graph.Node) -> None:
         self._node, self._left = node, {}
+        self._uses: Counter[int] = Counter()
+        self._asked: Counter[int] = Counter()
+
+    def saved(self, number: int) -> int:
+        """Count one more that will ask for it."""
+        self._uses[number] += 1
+        return number
 
     def __call__(self, number: int) -> torch.Tensor:
         if number not in self._left:
             self._left = dict(enumerate(self._node.saved_tensors))  # type: ignore[attr-defined]
-        return self._left.pop(number)
+            self._asked.clear()
+        self._asked[number] += 1
+        return self._left.pop(number) if self._asked[number] == self._uses[number] else self._left[number]
+
+
+def _kept(offloader: Offloader | None) -> AbstractContextManager[None]:
+    """Inside, what autograd saves goes where the offloader keeps it."""
+    return nullcontext() if offloader is None else offloader.keeping()
 
 
 @contextmanager
-def _dropped(remembered: tuple[torch.Tensor, ...]) -> Iterator[None]:
+def _dropped(remembered: tuple[torch.Tensor, ...], offloader: Offloader | None) -> Iterator[None]:
     """Inside, autograd keeps none of these outputs of `_Remembered`, and finds them again in backward."""
     node = remembered[0].grad_fn if remembered else None
     if node is None:  # nothing before this needs a gradient, so nothing could be computed again
-        yield
+        with _kept(offloader):
+            yield
         return
     recall = _Recall(node)
     # what is saved is a view or an alias of what was handed in; both are the same bytes, read the same way
     numbers = {_bytes_of(x): number for number, x in enumerate(remembered)}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor | int:
-        return numbers.get(_bytes_of(tensor), tensor.detach())
+    def pack(tensor: torch.Tensor) -> torch.Tensor | Kept | int:
+        number = numbers.get(_bytes_of(tensor))
+        if number is not None:
+            return recall.saved(number)
+        return tensor.detach() if offloader is None else offloader.keep(tensor)
 
-    def unpack(packed: torch.Tensor | int) -> torch.Tensor:
-        return recall(packed) if isinstance(packed, int) else packed
+    def unpack(packed: torch.Tensor | Kept | int) -> torch.Tensor:
+        if isinstance(packed, int):
+            return recall(packed)
+        return packed if offloader is None or isinstance(packed, torch.Tensor) else offloader.restore(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

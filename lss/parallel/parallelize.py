@@ -18,8 +18,9 @@ from lss.config.support import refuse_pairs
 from lss.context_parallel import AttentionOptions, attend, count_inner, pick_strategy
 from lss.context_parallel.loss import global_linear_cross_entropy
 from lss.context_parallel.sharding import refuse_packed_rows, shard, unshard
-from lss.mesh import moved
+from lss.mesh import moved, ranks_per_node
 from lss.model import ModelOps, Transformer
+from lss.offload import Offloader, make_offloader
 from lss.parallel import tensor_parallel as tp
 from lss.parallel.activation import make_pieces, softmax_of
 from lss.parallel.grad_sync import GradSync, global_grad_norm
@@ -40,6 +41,8 @@ def parallelize(
     fsdp: bool = False,
     checkpointing: str | None = None,
     offload: str | None = None,
+    offload_gib: float | str = "auto",
+    offload_path: str = "",
     kernel: str = "auto",
     transport: str = "auto",
     dkv_dtype: str = "auto",
@@ -70,7 +73,11 @@ def parallelize(
             first, is then held whole by every rank. A batch with `cu_seqlens` and a table that is cut is refused.
         tiles: tokens at a time in the loss and, where it is computed again, in the MLP; "auto" bounds the widest tensor.
         compile: what stands between attentions is compiled by torch.compile, once for all layers.
-        fsdp, offload: refused in this version.
+        offload: where what checkpointing keeps goes until backward: None or "none" stays on the device, "host" is pinned
+            host memory, "disk" host memory and disk where that is full. What finds no room stays on the device.
+        offload_gib: host memory of this rank for it, in GiB; "auto": its share of half of what is free.
+        offload_path: the folder for "disk"; the system's temporary folder by default.
+        fsdp: refused in this version.
 
     Raises:
         Refused: an option or a model that would not be laid out exactly.
@@ -80,17 +87,18 @@ def parallelize(
         raise refuse("model", type(model).__name__, f"{fit}lss.cross_entropy and lss.sum_gradients")
     if fsdp:
         raise refuse("fsdp", fsdp, "sharded parameters are not supported in this version; use False")
-    if offload not in (None, "none"):
-        raise refuse("offload", offload, "offloading is not supported in this version; use None")
     if hasattr(model, "parallel"):
         raise Refused("This model has been parallelized already; make a new one for another layout.")
     if compile:
         _refuse_compile(model, strategy)
     options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner)
     width = None if strategy == "tp" else model.config.d_mlp
-    pieces = make_pieces(checkpointing, tiles=tiles, width=width, compiling=compile)
+    device, local = torch.device(mesh.device_type), ranks_per_node(mesh)
+    offloader = make_offloader(offload, device, gib=offload_gib, folder=offload_path, local_ranks=local)
+    pieces = make_pieces(checkpointing, tiles=tiles, width=width, compiling=compile, offloader=offloader)
     loss = partial(global_linear_cross_entropy, tiles=tiles, softmax=softmax_of(pieces))
     layout = Layout(model, mesh, order, options, ModelOps(pieces=pieces, loss=loss), precut, packed)
+    layout.offloader = offloader
     # plain attributes: they hold no parameters, and are no modules
     object.__setattr__(model, "parallel", layout)
     object.__setattr__(model, "no_sync", layout.no_sync)
@@ -108,7 +116,13 @@ def _refuse_compile(model: Transformer, strategy: str) -> None:
 
 
 class Layout:
-    """How a model lies on the mesh: groups, cut parameters, and what its forward needs to know of them."""
+    """How a model lies on the mesh: groups, cut parameters, and what its forward needs to know of them.
+
+    Attributes:
+        offloader: what keeps activations away from the device, and counts them; None where they stay.
+    """
+
+    offloader: Offloader | None = None
 
     def __init__(
         self,

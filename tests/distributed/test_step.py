@@ -46,6 +46,13 @@ def test_gradients_where_only_linear_parts_are_recomputed(cp, options):
             assert result[what] <= BOUNDS[torch.float64], what
 
 
+@pytest.mark.parametrize("cp", [1, 2])
+def test_keys_that_are_kept_are_computed_again_once(cp):
+    """On one rank those kept are its own: the same tensors, saved twice."""
+    for result in pool(cp).run(parity_case, cp, checkpointing="attention", regather=False):
+        assert result["gradient"] <= BOUNDS[torch.float64], result["parameter"]
+
+
 # collectives of one layer: (all-gathers of K and V, reduce-scatters of dK and dV)
 @pytest.mark.parametrize(
     "checkpointing, regather, gathers",

@@ -96,6 +96,7 @@ class Config:
         if isinstance(cp, int):
             self._validate_tensor_parallel(cp)
         self._validate_inner(cp)
+        self._validate_token_chunks(cp)
 
     def _validate_kind(self) -> None:
         model, data = self.model, self.data
@@ -131,6 +132,7 @@ class Config:
             "dropout_p": (model.attention_dropout > 0, "model.attention_dropout", model.attention_dropout),
             "cross-attention": (model.kind == "encoder_decoder", "model.kind", model.kind),
             parallel.kernel: (parallel.kernel not in ("auto", "sdpa"), "parallel.kernel", parallel.kernel),
+            "token_chunks": (parallel.token_chunks not in ("auto", 1), "parallel.token_chunks", parallel.token_chunks),
             "head_chunks": (parallel.head_chunks not in ("auto", 1), "parallel.head_chunks", parallel.head_chunks),
         }
         active |= {name: f"{key}={show(value)}" for name, (on, key, value) in switched.items() if on}
@@ -149,6 +151,16 @@ class Config:
         if chunks > kv_heads:
             fit = f'model.n_kv_heads={kv_heads} bounds it; use "auto" or 1 to {kv_heads}'
             raise refuse("parallel.head_chunks", chunks, fit)
+
+    def _validate_token_chunks(self, cp: int | str) -> None:
+        chunks, S = self.parallel.token_chunks, self.data.seq_len
+        most = S if not isinstance(cp, int) else -(-S // cp)
+        if isinstance(chunks, int) and chunks > most:
+            fit = f'data.seq_len={S} gives a rank {most} tokens; use "auto" or 1 to {most}'
+            raise refuse("parallel.token_chunks", chunks, fit)
+        if isinstance(chunks, int) and chunks > 1 and self.parallel.transport == "symmetric":
+            fit = f'parallel.token_chunks={chunks} travel by collectives; use "auto" or "collective"'
+            raise refuse("parallel.transport", '"symmetric"', fit)
 
     def _validate_inner(self, cp: int | str) -> None:
         inner, strategy = self.parallel.inner, self.parallel.strategy

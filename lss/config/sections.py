@@ -156,6 +156,8 @@ class ParallelConfig:
     order: str = _key("head_tail", str, "which tokens are a rank's",
                       choices=("head_tail", "contiguous", "balanced"))  # fmt: skip
     head_chunks: int | str = _key("auto", int, "groups of key heads gathered one after another", low=1, choices=("auto",))
+    token_chunks: int | str = _key("auto", int, "runs of tokens gathered one after another; auto: as many as keep a "
+                                   "gather of one key head near 1 GiB", low=1, choices=("auto",))  # fmt: skip
     transport: str = _key("auto", str, "how keys and their gradients travel: collectives of NCCL or gloo, or writes into "
                           "the memory of the other ranks of a host; auto: the latter on GPUs that can",
                           choices=("auto", "collective", "symmetric"))  # fmt: skip

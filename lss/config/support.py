@@ -42,6 +42,7 @@ FEATURES: dict[str, Feature] = {
     "sinks": Feature("sinks", "`sinks`: a learned logit a head that takes part in the softmax only"),
     "dropout_p": Feature("dropout_p", "`dropout_p`, `seed`: dropout of the attention probabilities"),
     "head_chunks": Feature("head_chunks", "`head_chunks` > 1"),
+    "token_chunks": Feature("token_chunks", "`token_chunks` > 1"),
     "regather=False": Feature("regather", "`regather=False`"),
     "sdpa_cpu": Feature("kernel", "`kernel=\"sdpa_cpu\"`, torch's on the CPU"),
     "flash4": Feature("kernel", "`kernel=\"flash4\"`, flash-attn-4's on CUDA"),
@@ -58,6 +59,7 @@ _KERNEL = "torch's fused kernels do not compute it; use kernel 'auto' or 'tiled'
 _FLASH4 = "flash-attn-4 is not asked to compute it here; use kernel 'auto' or 'tiled'"
 _PLACES = "the places of two sequences cannot be compared; leave one of them out"
 _WHOLE = "only strategy 'lss' gathers keys of another sequence; use 'lss'"
+_TOKEN_CHUNKS = "only strategy 'lss' gathers by token chunks; use 'auto' or 1"
 _CHUNKS = "only strategies 'lss' and 'lss_2d' gather by head chunks; use 'auto' or 1"
 
 
@@ -76,6 +78,8 @@ REFUSED: dict[frozenset[str], str] = {
     **{_pair("cross-attention", f): _PLACES for f in ("causal", "window", "prefix", "alibi_slopes")},
     **{_pair("cross-attention", s): _WHOLE for s in ("lss_2d", "ring", "ulysses", "tp")},
     **{_pair("head_chunks", s): _CHUNKS for s in ("ring", "ulysses", "tp")},
+    **{_pair("token_chunks", s): _TOKEN_CHUNKS for s in ("lss_2d", "ring", "ulysses", "tp")},
+    _pair("token_chunks", "cross-attention"): "keys of another sequence are gathered at once; use 'auto' or 1",
     _pair("prefix", "not causal"): "every token sees all others already; use causal=True, or no prefix",
 }
 

@@ -22,7 +22,7 @@ from lss.context_parallel.two_level import two_level_attention
 from lss.context_parallel.ulysses import ulysses_attention
 from lss.kernels import MaskMod, Rules, keep_rows, make_work, pick_kernel
 from lss.kernels.outside import outside_graphs
-from lss.segment import Segment
+from lss.segment import Segment, plan_fetch
 
 __all__ = [
     "STRATEGIES",
@@ -72,6 +72,7 @@ def attention(
     kernel: str = "auto",
     transport: str = "auto",
     dkv_dtype: str = "auto",
+    token_chunks: int | str = "auto",
     seq_len: int | None = None,
     seg: Segment | None = None,
     kv_seg: Segment | None = None,
@@ -104,6 +105,9 @@ def attention(
         head_chunks: how many groups of key heads are gathered one after another ("lss" and "lss_2d"); "auto" keeps a
             gather near 1 GiB. More chunks, less memory. Under "lss_2d" a rank's share of the key heads is cut, into
             single ones at most.
+        token_chunks: for "lss", in how many runs the tokens of every segment are gathered, one after another, so that the
+            gathered K and V need not fit. "auto" keeps a gather of one key head near 1 GiB, and is 1 where a rank fetches
+            only what its queries see. More than 1 travel by collectives.
         regather: backward gathers K and V again instead of keeping them from forward.
         strategy: "lss", "lss_2d", "ring" or "ulysses".
         inner: for "lss_2d", how many neighbouring ranks share out the heads of their tokens; it divides cp. "auto" is
@@ -161,7 +165,7 @@ def attention(
         None if sinks is None else torch.as_tensor(sinks, device=q.device), dropout_p, seed, samples,
     )  # fmt: skip
     check_rules(rules, q, segment, kv_segment, attention_mask)
-    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner)
+    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner, token_chunks)
     return attend(q, k, v, rules, segment=segment, kv_segment=kv_segment, comm=comm, options=options)
 
 
@@ -176,12 +180,15 @@ class AttentionOptions:
     transport: str = "auto"
     dkv_dtype: str = "auto"
     inner: int | str = "auto"
+    token_chunks: int | str = "auto"
 
     def features(self) -> dict[str, str]:
         """The features of `lss.config.support` that these are, each with its setting and value."""
         active = {self.strategy: f"strategy={self.strategy!r}"}
         if isinstance(self.head_chunks, int) and self.head_chunks > 1:
             active["head_chunks"] = f"head_chunks={self.head_chunks}"
+        if isinstance(self.token_chunks, int) and self.token_chunks > 1:
+            active["token_chunks"] = f"token_chunks={self.token_chunks}"
         if not self.regather:
             active["regather=False"] = "regather=False"
         if self.kernel not in ("auto", "sdpa"):
@@ -229,6 +236,11 @@ def make_spec(
     # the masks of the whole sequence, which every rank plans by
     work = make_work(pick_kernel(options.kernel, q, features), rules, segment, keys, q, kv_segment is not None)
     inner = count_inner(options.inner, options.strategy, k.shape[2], comm.size, comm.per_node)
+    gathering = keys.cp > 1 and plan_fetch(segment, keys, tuple(mask for _, mask in work.masks)) is None
+    token_chunks = count_token_chunks(options.token_chunks, options.strategy, k, keys.cp, gathering)
+    if token_chunks > 1 and options.transport == "symmetric":
+        fit = f"token_chunks={token_chunks} travel by collectives; use 'auto' or 'collective'"
+        raise refuse("transport", options.transport, fit)
     return AttentionSpec(
         segment=segment,
         keys=keys,
@@ -239,6 +251,7 @@ def make_spec(
         head_chunks=count_head_chunks(options.head_chunks, options.strategy, k, keys.cp, inner),
         regather=options.regather,
         inner=inner,
+        token_chunks=token_chunks,
     )
 
 
@@ -264,6 +277,23 @@ def count_head_chunks(wanted: int | str, strategy: str, k_BTKH: torch.Tensor, cp
     if not gathers and wanted != 1:
         fit = f"only strategies 'lss' and 'lss_2d' gather by head chunks; with {strategy!r} use 'auto' or 1"
         raise refuse("head_chunks", wanted, fit)
+    return wanted
+
+
+def count_token_chunks(wanted: int | str, strategy: str, k_BTKH: torch.Tensor, cp: int, gathering: bool) -> int:
+    """Resolve `token_chunks`: "auto", or a whole number from 1 to T.
+
+    "auto" cuts what head chunks cannot: the gathered K and V of a single head, where all are gathered.
+    """
+    B, T, _, H = k_BTKH.shape
+    if wanted == "auto":
+        one_head = 2 * B * T * cp * H * k_BTKH.element_size()
+        return min(T, max(1, one_head // _BYTES_PER_HEAD_CHUNK)) if strategy == "lss" and gathering else 1
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= max(T, 1):
+        raise refuse("token_chunks", wanted, f"a segment has {T} tokens; use 'auto' or 1 to {T}")
+    if strategy != "lss" and wanted != 1:
+        fit = f"only strategy 'lss' gathers by token chunks; with {strategy!r} use 'auto' or 1"
+        raise refuse("token_chunks", wanted, fit)
     return wanted
 
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from lss.comm import Pending
 from lss.comm.collectives import KV
 from lss.comm.transport import Transport, make_transport
+from lss.context_parallel.chunked import chunked_attention
 from lss.context_parallel.spec import AttentionSpec
 from lss.kernels.blocks import Ready, add_sinks_, sinks_gradient
 from lss.kernels.merge import empty_lse
@@ -41,8 +42,10 @@ def lss_attention(
     by writing into peers' memory. None where the keys are whole on every rank: dK and dV are then this rank's share of a
     sum over ranks, like every gradient.
     Memory: the fetched K and V of one head chunk (two while the next is in flight); without `regather` those of all
-    chunks until backward.
+    chunks until backward. With token chunks see `chunked_attention`.
     """
+    if spec.token_chunks > 1:
+        return chunked_attention(q_BTNH, k_BTKH, v_BTKH, sinks_N, spec)
     return _LSSAttention.apply(q_BTNH, k_BTKH, v_BTKH, sinks_N, spec, open_transport(spec, k_BTKH))
 
 

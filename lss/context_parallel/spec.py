@@ -22,6 +22,7 @@ class AttentionSpec:
         work: what this rank's queries compute, for all heads.
         transport, dkv_dtype: how keys and their gradients travel, for the algorithms that gather them.
         head_chunks: in how many nearly even groups the key heads are taken one after another.
+        token_chunks: in how many runs the tokens of every segment are gathered, one after another.
         regather: backward fetches keys and values again instead of keeping them.
         inner: neighbouring ranks that share out the heads of their tokens; 1 but for "lss_2d".
         groups: (query heads, key heads) taken one after another, where they are not simply `head_chunks` even groups.
@@ -36,6 +37,7 @@ class AttentionSpec:
     head_chunks: int = 1
     regather: bool = True
     inner: int = 1
+    token_chunks: int = 1
     groups: tuple[tuple[slice, slice], ...] | None = None
 
     def head_groups(self, n_heads: int, n_kv_heads: int) -> Sequence[tuple[slice, slice]]:

@@ -37,6 +37,7 @@ def parallelize(
     inner: int | str = "auto",
     order: str = "head_tail",
     head_chunks: int | str = "auto",
+    token_chunks: int | str = "auto",
     regather: bool = True,
     fsdp: bool = False,
     checkpointing: str | None = None,
@@ -64,7 +65,7 @@ def parallelize(
         model: an `lss.model.Transformer`, on the mesh's device. The first rank's weights are copied to all ranks.
         mesh: from `lss.init_mesh`.
         strategy: "lss", "lss_2d", "ring", "ulysses" or "tp" (Megatron tensor + sequence parallelism on the cp axis).
-        inner, order, head_chunks, regather, kernel, transport, dkv_dtype: as in `lss.attention`.
+        inner, order, head_chunks, token_chunks, regather, kernel, transport, dkv_dtype: as in `lss.attention`.
         checkpointing: None or "none" keeps activations, "full" keeps each block's input and computes it again, "attention"
             keeps the attention's output and lse too and computes only the linear parts again, never the attention.
         precut: the model is given segments, (B, T) token ids (and source ids) with `positions`, `shift_labels` and the
@@ -91,7 +92,7 @@ def parallelize(
         raise Refused("This model has been parallelized already; make a new one for another layout.")
     if compile:
         _refuse_compile(model, strategy)
-    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner)
+    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner, token_chunks)
     width = None if strategy == "tp" else model.config.d_mlp
     device, local = torch.device(mesh.device_type), ranks_per_node(mesh)
     offloader = make_offloader(offload, device, gib=offload_gib, folder=offload_path, local_ranks=local)

@@ -48,6 +48,7 @@ def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) ->
         inner=parallel.inner,
         order=parallel.order,
         head_chunks=parallel.head_chunks,
+        token_chunks=parallel.token_chunks,
         regather=parallel.regather,
         fsdp=parallel.fsdp,
         checkpointing=config.memory.checkpointing,

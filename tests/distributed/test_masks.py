@@ -47,6 +47,8 @@ def problems(draw):
         "transport": draw(st.sampled_from(["collective", "symmetric"])),
         "kernel": draw(st.sampled_from(["auto", "reference", "tiled"])),
     }  # fmt: skip
+    if strategy == "lss" and problem["transport"] == "collective":
+        problem["token_chunks"] = draw(st.integers(1, max(1, S // 4)))
     if len(edges) > 2:
         problem["cu_seqlens"] = edges
     if causal and draw(st.booleans()):

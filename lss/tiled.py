@@ -16,9 +16,12 @@ from torch.autograd.function import once_differentiable
 
 from lss.config.errors import refuse
 
-# What a tile's widest tensor may take. Larger tiles add up weight gradients less often, which is their whole cost.
+# What a tile's widest tensor may take at most. Larger tiles add up weight gradients less often, which is their whole cost.
 LOGITS_BYTES = 1 << 30
 HIDDEN_BYTES = 1 << 29
+# And at most this part of a GPU's memory; on a CPU this much, beside which its caches are small anyhow.
+PART_OF_GPU = 64
+CPU_BYTES = 1 << 26
 # Tiles are whole multiples of this where they are larger: matrix products like round sizes.
 ROUND = 128
 
@@ -44,6 +47,13 @@ def tile_size(tiles: int | str, tokens: int, bytes_per_token: int, budget: int) 
     most = most // step * step
     even = -(-tokens // -(-tokens // most))
     return -(-even // step) * step
+
+
+def tile_budget(device: torch.device, most: int) -> int:
+    """Bytes that a tile's widest tensor may take on this device, `most` where it has memory enough."""
+    if device.type == "cuda":
+        return min(most, torch.cuda.get_device_properties(device).total_memory // PART_OF_GPU)
+    return min(most, CPU_BYTES)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -80,7 +90,7 @@ def linear_cross_entropy_sum(
         x_TD: (T, D). Products are computed in autocast's dtype where it is on, else in x's; losses in float32 at least.
         weight_VD: (V, D).
         labels_T: (T,) int64; `ignore_index` is not counted.
-        tiles: tokens whose logits exist at a time; "auto" keeps them to 1 GiB.
+        tiles: tokens whose logits exist at a time; "auto" keeps them to 1 GiB, as `tile_budget` says.
         softmax: computes a tile's losses and their gradient; `softmax_tile` by default, or the same compiled.
 
     Returns:
@@ -89,7 +99,8 @@ def linear_cross_entropy_sum(
     Memory: until backward the gradients of x, in the product's dtype, and of W, in float32.
     """
     softmax = softmax or softmax_tile
-    size = tile_size(tiles, len(x_TD), weight_VD.shape[0] * compute_dtype(x_TD).itemsize, LOGITS_BYTES)
+    size = tile_size(tiles, len(x_TD), weight_VD.shape[0] * compute_dtype(x_TD).itemsize,
+                     tile_budget(x_TD.device, LOGITS_BYTES))  # fmt: skip
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, size, ignore_index, softmax, torch.is_grad_enabled())
 
 

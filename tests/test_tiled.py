@@ -140,6 +140,55 @@ def test_tile_sizes():
             lss.linear_cross_entropy(*example(), tiles=tiles)
 
 
+def _peak(function):
+    """Bytes that this process's resident memory rises by at most while the function runs."""
+    import threading
+    import time
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    done, peak, before = threading.Event(), [0], resident()
+
+    def watch():
+        while not done.is_set():
+            peak[0] = max(peak[0], resident())
+            time.sleep(0.001)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        function()
+    finally:
+        done.set()
+        watching.join()
+    return peak[0] - before
+
+
+def _loss_memory(cp, seq_len, vocab, tiles):
+    """(peak of loss and backward on this rank, bytes of all of its logits in float32)."""
+    T, width = seq_len // cp, 8
+    x = torch.randn(1, T, width, requires_grad=True)
+    weight = torch.randn(vocab, width, requires_grad=True)
+    labels = torch.randint(vocab, (1, T))
+
+    def step():
+        lss.linear_cross_entropy(x, weight, labels, mesh=mesh(cp), tiles=tiles).backward()
+
+    return _peak(step), T * vocab * 4
+
+
+def test_memory_of_the_loss_is_that_of_a_tile():
+    """With 32,000 words 8,192 tokens a rank have 1 GiB of logits; the loss takes half a GiB at most, for any length."""
+    for peak, logits in pool(2).run(_loss_memory, 2, 16384, 32000, "auto"):
+        assert logits == 1_048_576_000
+        assert peak <= 512 << 20
+    # and where all are there at once, they are what is measured
+    for peak, logits in pool(2).run(_loss_memory, 2, 4096, 32000, 4096):
+        assert peak >= 2 * logits
+
+
 def test_logits_after_an_update_are_refused():
     model = Transformer(model_config(), 8)
     output = model(torch.zeros(1, 8, dtype=torch.int64))

@@ -183,7 +183,8 @@ class MemoryConfig:
                                     "free", low=0.001, choices=("auto",))  # fmt: skip
     offload_path: str = _key("", str, "folder for offload to disk, a fast local one; empty: the system's temporary folder")
     tiles: int | str = _key("auto", int, "tokens at a time in the loss and, where it is computed again, in the MLP; auto: "
-                            "a tile's widest tensor takes up to 1 GiB and 0.5 GiB", low=1, choices=("auto",))  # fmt: skip
+                            "a tile's widest tensor takes up to 1 GiB and 0.5 GiB (64 MiB on a CPU)", low=1,
+                            choices=("auto",))  # fmt: skip
 
 
 @dataclass(frozen=True)

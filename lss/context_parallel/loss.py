@@ -78,7 +78,7 @@ def linear_cross_entropy(
         hidden: local, (..., D), what the logits are computed from.
         weight: (V, D), whole on every rank.
         labels, mesh, num_items_in_batch, ignore_index: as in `cross_entropy`.
-        tiles: tokens whose logits exist at a time; "auto" keeps them to 1 GiB.
+        tiles: tokens whose logits exist at a time; "auto" keeps them to 1 GiB, as `lss.tiled.tile_budget` says.
 
     Memory: from forward to backward the gradients of hidden and, in float32, of weight; see `lss.tiled`.
     Collectives: one all-reduce of two float64 numbers (sum and count).

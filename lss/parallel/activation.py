@@ -28,7 +28,17 @@ from torch.utils.checkpoint import checkpoint
 from lss.config.errors import refuse
 from lss.model.layers import Before, Pieces
 from lss.offload import Kept, Offloader
-from lss.tiled import HIDDEN_BYTES, Piece, SoftmaxTile, check_tiles, compute_dtype, recomputed, softmax_tile, tile_size
+from lss.tiled import (
+    HIDDEN_BYTES,
+    Piece,
+    SoftmaxTile,
+    check_tiles,
+    compute_dtype,
+    recomputed,
+    softmax_tile,
+    tile_budget,
+    tile_size,
+)
 
 CHOICES = ("none", "full", "attention")
 
@@ -101,7 +111,7 @@ class _Recomputing(Pieces):
         if self._width is None:
             return None
         bytes_per_token = x_BTD.shape[0] * self._width * compute_dtype(x_BTD).itemsize
-        return tile_size(self._tiles, x_BTD.shape[1], bytes_per_token, HIDDEN_BYTES)
+        return tile_size(self._tiles, x_BTD.shape[1], bytes_per_token, tile_budget(x_BTD.device, HIDDEN_BYTES))
 
 
 def softmax_of(pieces: Pieces) -> SoftmaxTile:

@@ -311,7 +311,13 @@ def axis_group(mesh: DeviceMesh, axes: Sequence[str]) -> dist.ProcessGroup | Non
         return None
     if len(wide) == 1:
         return mesh.get_group(wide[0])
-    return mesh[tuple(axes)]._flatten("_".join(axes)).get_group()
+    return flat_mesh(mesh, axes).get_group()
+
+
+def flat_mesh(mesh: DeviceMesh, axes: Sequence[str]) -> DeviceMesh:
+    """These axes of the mesh as one, ranks in their order; the group behind it is `axis_group`'s."""
+    wide = [axis for axis in axes if mesh[axis].size() > 1] or list(axes[:1])
+    return mesh[wide[0]] if len(wide) == 1 else mesh[tuple(axes)]._flatten("_".join(axes))
 
 
 def close() -> None:

@@ -26,6 +26,7 @@ from lss.kernels.dropout import fold
 from lss.mesh import axis_group
 from lss.model import Transformer
 from lss.parallel import Layout, layout_of
+from lss.parallel.fsdp import local_part
 from lss.train.steps import (
     accumulate_gradients,
     autocast,
@@ -245,10 +246,13 @@ class _Saved:
 @contextmanager
 def saved_bytes(model: nn.Module) -> Iterator[_Saved]:
     """Count the bytes that autograd keeps for backward inside the block: each storage once, parameters not."""
-    seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = {local_part(p).untyped_storage().data_ptr() for p in model.parameters()}
     saved, held = _Saved(), []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # a sharded parameter has another storage while it is whole
+        if isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())

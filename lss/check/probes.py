@@ -49,7 +49,7 @@ Trial = tuple[str, Callable[[dict[str, Any]], None], Callable[[torch.Tensor], to
 def leak_probes(config: Config, mesh: DeviceMesh, batch: Batch) -> list[Probe]:
     """Every probe that this config's masks give rise to, on one batch. Every rank must call.
 
-    Collectives: those of two forward passes and one all-reduce of two numbers for each probe.
+    Collectives: those of two forward passes and one all-reduce of a few numbers for each probe.
     """
     assert batch.segment is not None
     model = build_model(config, mesh)
@@ -79,11 +79,16 @@ def leak_probes(config: Config, mesh: DeviceMesh, batch: Batch) -> list[Probe]:
         return torch.stack([(changed & watched).sum(), watched.sum() * len(changed), (changed & allowed).sum()])
 
     probes, trials = [], _trials(config, batch, places)
-    for kind in KINDS:
+    # what one rank tries all ranks compute, since under FSDP a pass of one needs the weights of all
+    tried = torch.tensor([kind in trials for kind in KINDS], dtype=torch.int64, device=device)
+    tried = everyone.all_reduce(tried, "probe").wait().tolist()
+    for kind, trying in zip(KINDS, tried, strict=True):
         counts, what = torch.zeros(3, dtype=torch.int64, device=device), ""
         if kind in trials:
             what, change, may = trials[kind]
             counts = compare(change, may, masked=kind == "attention_mask")
+        elif trying:
+            compare(lambda _: None, _between(0, 0), masked=kind == "attention_mask")
         leaked, checked, affected = everyone.all_reduce(counts, "probe").wait().tolist()
         if kind == "padding":  # nobody's: that there was some, and that it was changed, is all that can be shown
             affected = checked

@@ -85,6 +85,9 @@ class Config:
         if self.memory.offload != "none" and self.memory.checkpointing == "none":
             fit = f'with memory.offload="{self.memory.offload}" what is kept must be little; use "full" or "attention"'
             raise refuse("memory.checkpointing", '"none"', fit)
+        if parallel.fsdp and parallel.strategy == "tp":
+            fit = 'parallel.strategy="tp" cuts the weights over the ranks already; use false, or strategy "lss"'
+            raise refuse("parallel.fsdp", "true", fit)
         refuse_pairs(self._features())
         share = parallel.dp * train.accumulate
         if train.batch_size % share:

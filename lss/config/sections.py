@@ -70,7 +70,7 @@ class Key:
         if self.kind is list:
             words = [f"whole numbers in brackets, each {_number(self.low)} or more"]
         elif self.kind is bool:
-            words = [str(v).lower() for v in (False, True) if v not in self.later]
+            words += [str(v).lower() for v in (False, True) if v not in self.later]
         elif self.kind in (int, float):
             number = "a whole number" if self.kind is int else "a number"
             top = f" to {_number(self.high)}" if self.high < LARGEST else " or more"
@@ -164,7 +164,9 @@ class ParallelConfig:
     dkv_dtype: str = _key("auto", str, "what gradients of half precision keys travel in; inputs: the keys' own dtype",
                           choices=("auto", "float32", "inputs"))  # fmt: skip
     regather: bool = _key(True, bool, "backward gathers keys and values again instead of keeping them")
-    fsdp: bool = _key(False, bool, "shard parameters over the ranks", later=(True,))
+    fsdp: bool = _key(False, bool, "shard parameters, gradients and optimizer state over all ranks")
+    fsdp_reshard: bool | str = _key("auto", bool, "fsdp: blocks give gathered weights back between forward and backward; "
+                                    "auto: all but the last", choices=("auto",))  # fmt: skip
     kernel: str = _key("auto", str, "attention on one device; sdpa: the fastest of torch's fused ones",
                        choices=KERNEL_CHOICES)  # fmt: skip
 

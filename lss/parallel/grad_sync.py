@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm import Communicator, Pending
 from lss.mesh import axis_group
+from lss.parallel.fsdp import local_part
 
 # Large enough to keep a link busy, small enough that the first leaves long before backward ends.
 BUCKET_BYTES = 25 << 20
@@ -200,7 +201,7 @@ def global_grad_norm(groups: Sequence[tuple[Sequence[nn.Parameter], Communicator
     device = next((p.device for parameters, _ in groups for p in parameters), torch.device("cpu"))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for parameters, comm in groups:
-        grads = [p.grad.detach() for p in parameters if p.grad is not None]
+        grads = [local_part(p.grad.detach()) for p in parameters if p.grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=device)
         if grads:
             squares = torch.stack([norm.double() for norm in torch._foreach_norm(grads)]).square().sum()

@@ -23,8 +23,9 @@ from lss.model import ModelOps, Transformer
 from lss.offload import Offloader, make_offloader
 from lss.parallel import tensor_parallel as tp
 from lss.parallel.activation import make_pieces, softmax_of
+from lss.parallel.fsdp import Sharding, check_reshard
 from lss.parallel.grad_sync import GradSync, global_grad_norm
-from lss.segment import Segment, make_segment
+from lss.segment import Piece, Segment, make_segment, whole_piece
 
 POSITION_TABLE = "position_table.weight"
 
@@ -40,6 +41,7 @@ def parallelize(
     token_chunks: int | str = "auto",
     regather: bool = True,
     fsdp: bool = False,
+    fsdp_reshard: bool | str = "auto",
     checkpointing: str | None = None,
     offload: str | None = None,
     offload_gib: float | str = "auto",
@@ -59,7 +61,7 @@ def parallelize(
     are those of this rank's tokens (`lss.unshard` puts them together). After `backward()` every `.grad` is the gradient
     of that global loss. For accumulation run all micro-batches but the last under `with model.no_sync():` and give each
     the step's global count as `num_items_in_batch`. Make the optimizer afterwards: a learned position table and, with
-    strategy "tp", the weights are cut, and each rank holds and updates its part only.
+    strategy "tp" or `fsdp`, the weights are cut, and each rank holds and updates its part only.
 
     Args:
         model: an `lss.model.Transformer`, on the mesh's device. The first rank's weights are copied to all ranks.
@@ -78,7 +80,10 @@ def parallelize(
             host memory, "disk" host memory and disk where that is full. What finds no room stays on the device.
         offload_gib: host memory of this rank for it, in GiB; "auto": its share of half of what is free.
         offload_path: the folder for "disk"; the system's temporary folder by default.
-        fsdp: refused in this version.
+        fsdp: parameters, gradients and optimizer state are sharded over all ranks, if there are several; parameters are
+            DTensors then (`lss.parallel.fsdp`). Gradients are summed into shares after every micro-batch, under `no_sync`
+            too, which would otherwise keep them whole. Not with strategy "tp".
+        fsdp_reshard: whether blocks give their gathered weights back between forward and backward; "auto": all but the last.
 
     Raises:
         Refused: an option or a model that would not be laid out exactly.
@@ -86,8 +91,9 @@ def parallelize(
     if not isinstance(model, Transformer):
         fit = "this version lays out lss.model.Transformer; in a model of your own call lss.shard, lss.attention, "
         raise refuse("model", type(model).__name__, f"{fit}lss.cross_entropy and lss.sum_gradients")
-    if fsdp:
-        raise refuse("fsdp", fsdp, "sharded parameters are not supported in this version; use False")
+    check_reshard(fsdp_reshard)
+    if fsdp and strategy == "tp":
+        raise refuse("fsdp", fsdp, "strategy='tp' cuts the weights over the ranks already; use False, or strategy 'lss'")
     if hasattr(model, "parallel"):
         raise Refused("This model has been parallelized already; make a new one for another layout.")
     if compile:
@@ -98,12 +104,14 @@ def parallelize(
     offloader = make_offloader(offload, device, gib=offload_gib, folder=offload_path, local_ranks=local)
     pieces = make_pieces(checkpointing, tiles=tiles, width=width, compiling=compile, offloader=offloader)
     loss = partial(global_linear_cross_entropy, tiles=tiles, softmax=softmax_of(pieces))
-    layout = Layout(model, mesh, order, options, ModelOps(pieces=pieces, loss=loss), precut, packed)
+    ops = ModelOps(pieces=pieces, loss=loss)
+    layout = Layout(model, mesh, order, options, ops, precut, packed, fsdp_reshard if fsdp else None)
     layout.offloader = offloader
     # plain attributes: they hold no parameters, and are no modules
     object.__setattr__(model, "parallel", layout)
     object.__setattr__(model, "no_sync", layout.no_sync)
-    model.register_forward_pre_hook(layout.prepare_inputs, with_kwargs=True)
+    # first of all hooks: inputs are cut, and refused, before any weights are gathered
+    model.register_forward_pre_hook(layout.prepare_inputs, with_kwargs=True, prepend=True)
     return model
 
 
@@ -134,6 +142,7 @@ class Layout:
         ops: ModelOps,
         precut: bool,
         packed: bool,
+        fsdp_reshard: bool | str | None = None,
     ) -> None:
         self.mesh, self.strategy, self.order, self.options, self.precut = mesh, options.strategy, order, options, precut
         strategy = options.strategy
@@ -151,13 +160,18 @@ class Layout:
         self.cp.levels(count_inner(options.inner, strategy, self._config.n_kv_heads, self.cp.size, self.cp.per_node))
         for tensor in (*model.parameters(), *model.buffers()):
             self.all.broadcast(tensor.data, "initial weights").wait()
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before any is cut
         self._tp_cuts = tp.cut_weights(model, self.cp) if strategy == "tp" and self.cp.size > 1 else {}
         self._rows: Segment | None = None
         if model.position_table is not None and self.cp.size > 1 and not packed:
             self._rows = self.segment(model.seq_len)
             model.position_table.weight = nn.Parameter(self.part(POSITION_TABLE, model.position_table.weight.data))
-        self._whole = [p for name, p in model.named_parameters() if not self.is_cut(name)]
         self._cut = [p for name, p in model.named_parameters() if self.is_cut(name)]
+        self.sharding: Sharding | None = None
+        if fsdp_reshard is not None and self.all.size > 1:
+            self.sharding = Sharding(model, mesh, self.all, reshard=fsdp_reshard, ignored=self._cut)
+        held = [p for name, p in model.named_parameters() if not self.is_cut(name)]
+        self._whole, self._sharded = (held, []) if self.sharding is None else ([], held)
         self._sync = GradSync(((self._whole, self.all), (self._cut, self.dp)))
 
     # -- forward -----------------------------------------------------------------------------------------------------
@@ -176,6 +190,8 @@ class Layout:
 
     def prepare_inputs(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Cut a whole batch (unless it comes cut) and hand the model the operations of this layout."""
+        if self.sharding is not None:
+            self.sharding.give_back()
         inputs = dict(zip(("input_ids", "labels"), args, strict=False)) | kwargs
         ids, borders = inputs.pop("input_ids"), inputs.pop("cu_seqlens", None)
         given = {name: inputs[name] for name in ("prefix", "attention_mask", "source_ids", "source_mask") if name in inputs}
@@ -276,7 +292,7 @@ class Layout:
     # -- parameters --------------------------------------------------------------------------------------------------
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Let gradients accumulate on this rank: for every micro-batch of a step but the last."""
+        """Let gradients accumulate: for every micro-batch of a step but the last. Sharded ones are summed all the same."""
         return self._sync.no_sync()
 
     def is_cut(self, name: str) -> bool:
@@ -284,53 +300,50 @@ class Layout:
         return name in self._tp_cuts or (name == POSITION_TABLE and self._rows is not None)
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a parameter (or of its gradient or optimizer state), given whole."""
+        """This rank's part of a parameter (or of its gradient or optimizer state), given whole; a DTensor under FSDP."""
         if name in self._tp_cuts:
             return whole.chunk(self.cp.size, self._tp_cuts[name])[self.cp.rank].clone()
         if name == POSITION_TABLE and self._rows is not None:
             return shard(whole, self.mesh, dim=0, seg=self._rows)
-        return whole
+        return whole if self.sharding is None else self.sharding.part(whole)
 
     def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        """The inverse of `part`, on every rank: padding rows cut off. Collectives: one all-gather where cut."""
+        """The inverse of `part`, on every rank: padding rows cut off. Collectives: one all-gather where cut or sharded."""
         if name in self._tp_cuts:
             return self.cp.all_gather(part, self._tp_cuts[name], "parameters").wait().contiguous()
         if name == POSITION_TABLE and self._rows is not None:
             return unshard(part.detach(), self.mesh, dim=0, seg=self._rows).contiguous()
-        return part
+        return part if self.sharding is None else self.sharding.whole(part)
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter of the plain model."""
+        return self._shapes[name]
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """Which boxes of a whole parameter lie where in this rank's part; padding rows are in none."""
+        whole = whole_piece(self._shapes[name])
+        if name in self._tp_cuts:
+            dim, at, size = self._tp_cuts[name], list(whole.at), list(whole.size)
+            size[dim] //= self.cp.size
+            at[dim] = self.cp.rank * size[dim]
+            return (Piece(tuple(at), tuple(size), whole.local),)
+        if name == POSITION_TABLE and self._rows is not None:
+            return tuple(Piece((start, 0), (stop - start, whole.size[1]), (local, 0))
+                         for local, _, start, stop in self._rows.local_runs)  # fmt: skip
+        return (whole,) if self.sharding is None else self.sharding.pieces(whole.size)
+
+    def holders(self, name: str) -> tuple[int, ...]:
+        """The ranks that hold the same part of a parameter as this one, itself included."""
+        names = self.mesh.mesh_dim_names or ()
+        ranks = self.mesh.mesh.movedim(names.index("cp"), -1).reshape(-1, self.cp.size)
+        if self.is_cut(name):
+            return tuple(ranks[:, self.cp.rank].tolist())
+        everyone = tuple(ranks.flatten().tolist())
+        return everyone if self.sharding is None else (everyone[self.all.rank],)
 
     def grad_norm(self) -> torch.Tensor:
         """Norm of the whole gradient, equal to one process's; float64."""
-        return global_grad_norm(((self._whole, Communicator()), (self._cut, self.cp)))
-
-
-def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
-    """Scale all gradients so that their norm is at most `max_norm`; returns the norm before.
-
-    Right also where parameters are cut over ranks, which `torch.nn.utils.clip_grad_norm_` would count per rank.
-    Scaling by max_norm / (norm + 1e-6) is torch's. `max_norm` 0 or infinite only measures.
-    """
-    norm = layout_of(model).grad_norm()
-    if max_norm > 0:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for dtype in {grad.dtype for grad in grads}:
-            torch._foreach_mul_([grad for grad in grads if grad.dtype == dtype], scale.to(dtype))
-    return norm
-
-
-def layout_of(model: nn.Module) -> Layout:
-    """The layout that `parallelize` gave a model."""
-    layout = getattr(model, "parallel", None)
-    if not isinstance(layout, Layout):
-        raise refuse("model", type(model).__name__, "it has not been parallelized; call lss.parallelize(model, mesh) first")
-    return layout
-
-
-def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters whole, on every rank, under the names of the plain model."""
-    layout = layout_of(model)
-    return {name: layout.whole(name, parameter.detach()) for name, parameter in model.named_parameters()}
+        return global_grad_norm(((self._whole, Communicator()), (self._cut, self.cp), (self._sharded, self.all)))
 
 
 def _local_rows(table_TD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     Weight decay acts on matrices (weights of two dimensions and more), not on norms' scales and shifts.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = []
+    # sharded parameters are tensors of another type than whole ones, and one fused update takes one type
+    for kind in dict.fromkeys(map(type, parameters)):
+        mine = [p for p in parameters if type(p) is kind]
+        groups += [
+            {"params": [p for p in mine if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in mine if p.dim() < 2], "weight_decay": 0.0},
+        ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

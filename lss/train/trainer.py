@@ -51,6 +51,7 @@ def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) ->
         token_chunks=parallel.token_chunks,
         regather=parallel.regather,
         fsdp=parallel.fsdp,
+        fsdp_reshard=parallel.fsdp_reshard,
         checkpointing=config.memory.checkpointing,
         offload=config.memory.offload,
         offload_gib=config.memory.offload_gib,
@@ -286,7 +287,7 @@ class Trainer:
             ("model", f"{config.model.preset}: {parameters:,} parameters, {config.model.n_layers} layers of "
                       f"{config.model.d_model}, {config.model.n_heads}/{config.model.n_kv_heads} heads"),
             ("mesh", f"dp {layout.dp.size} x cp {layout.cp.size}, strategy {layout.strategy}, order {layout.order}, "
-                     f"on {_device_name(self.mesh)}"),
+                     f"{'parameters sharded, ' if layout.sharding is not None else ''}on {_device_name(self.mesh)}"),
             ("sequence", f"{self.seq_len:,} tokens, {segment.local_len:,} a rank"),
             ("data", f"{self.corpus.name}: {len(self.corpus):,} bytes in {len(self.corpus.files):,} files"),
             ("run", f"{config.train.steps:,} steps of {config.train.batch_size} sequences in {config.train.dtype}, from "

@@ -68,10 +68,12 @@ def test_shipped_check_configs_hold_on_any_number_of_ranks(path, ranks):
         assert min(documents) > 2
 
 
-def test_check_with_data_parallel_ranks():
+@pytest.mark.parametrize("fsdp", ["false", "true"])
+def test_check_with_data_parallel_ranks(fsdp):
+    """Data-parallel ranks have other documents and so other probes; sharded ones compute those of the others with them."""
     for what in ("documents", "encoder-decoder"):
         path = next(p for p in CONFIGS if p.stem == what)
-        overrides = ["parallel.dp=2", "train.batch_size=2"]
+        overrides = ["parallel.dp=2", "train.batch_size=2", f"parallel.fsdp={fsdp}"]
         assert all(ok for ok, *_ in pool(4).run(run_check, path, 4, overrides))
 
 

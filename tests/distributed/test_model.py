@@ -162,8 +162,8 @@ def test_half_precision_parameters_train():
 
 def _misuse(what):
     config = model_config(positions="learned") if what == "other length" else model_config()
-    if what in ("strategy", "order", "fsdp", "offload", "checkpointing"):
-        values = {"strategy": "rings", "order": "zigzag", "fsdp": True, "offload": "cpu", "checkpointing": "some"}
+    if what in ("strategy", "order", "offload", "checkpointing"):
+        values = {"strategy": "rings", "order": "zigzag", "offload": "cpu", "checkpointing": "some"}
         lss.parallelize(Transformer(config, 8), mesh(2), **{what: values[what]})
     if what == "foreign":
         lss.parallelize(torch.nn.Linear(2, 2), mesh(2))
@@ -218,7 +218,6 @@ def _misuse(what):
     [
         ("strategy", "Refused", "strategy=rings"),
         ("order", "Refused", "order=zigzag"),
-        ("fsdp", "Refused", "fsdp=True"),
         ("offload", "Refused", "offload=cpu"),
         ("checkpointing", "Refused", "checkpointing=some"),
         ("foreign", "Refused", "model=Linear"),

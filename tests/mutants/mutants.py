@@ -19,6 +19,7 @@ class Mutant:
 TWO_LEVEL = "tests/distributed/test_two_level.py::test_gradients_equal_one_process"
 NODES = "tests/distributed/test_hierarchical.py::test_gradients_equal_one_process"
 PARITY = "tests/distributed/test_parity.py::test_gradients_equal_one_process"
+FSDP = "tests/distributed/test_fsdp.py::test_gradients_equal_one_process"
 CP2 = "cp2-dp1-head_tail-rope-S24-4_2heads-1chunks"
 
 MUTANTS = (
@@ -68,8 +69,8 @@ MUTANTS = (
     Mutant(
         "gradient norm counts replicated gradients once per rank",
         "lss/parallel/parallelize.py",
-        "return global_grad_norm(((self._whole, Communicator()), (self._cut, self.cp)))",
-        "return global_grad_norm(((self._whole, self.cp), (self._cut, self.cp)))",
+        "return global_grad_norm(((self._whole, Communicator()), ",
+        "return global_grad_norm(((self._whole, self.cp), ",
         (f"{PARITY}[float32-lss-cp2-dp1]",),
     ),
     Mutant(
@@ -120,6 +121,34 @@ MUTANTS = (
         "    *parts, flags = _parts(bucket, summed)",
         "    *parts, flags = _parts(bucket, summed / bucket.comm.size)",
         (f"{PARITY}[float32-lss-cp2-dp1]",),
+    ),
+    Mutant(
+        "sharded gradients are averaged",
+        "lss/parallel/fsdp.py",
+        "sharded.set_gradient_divide_factor(1.0)",
+        "sharded.set_gradient_divide_factor(float(self._mesh.size()))",
+        (f"{FSDP}[plain-lss-cp2-dp1]",),
+    ),
+    Mutant(
+        "a cut position table is sharded too",
+        "lss/parallel/parallelize.py",
+        "reshard=fsdp_reshard, ignored=self._cut)",
+        "reshard=fsdp_reshard, ignored=())",
+        (f"{FSDP}[learned-precut-lss-cp2-dp1]",),
+    ),
+    Mutant(
+        "the norm of sharded gradients is that of this rank's",
+        "lss/parallel/parallelize.py",
+        "(self._sharded, self.all)))",
+        "(self._sharded, self.cp)))",
+        (f"{FSDP}[plain-lss-cp1-dp2]",),
+    ),
+    Mutant(
+        "what a pass without backward gathered is found again after the update",
+        "lss/parallel/parallelize.py",
+        "        if self.sharding is not None:\n            self.sharding.give_back()\n        inputs",
+        "        inputs",
+        ("tests/distributed/test_fsdp.py::test_passes_in_any_order",),
     ),
     Mutant(
         "padding counts as a label",

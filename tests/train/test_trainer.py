@@ -51,6 +51,7 @@ LAYOUTS = [
     ["model.kind=encoder", "model.vocab_size=257", "model.attention_dropout=0.1", "data.mask_rate=0.3"],
     ["model.kind=encoder_decoder", "data.source_every=3", "model.sinks=true"],
     ["data.prefix=10", "model.positions=alibi", "model.softcap=5.0"],
+    ["parallel.dp=2", "parallel.fsdp=true", "train.accumulate=2", "model.positions=learned", "memory.checkpointing=full"],
 ]
 
 
@@ -102,6 +103,23 @@ def test_resume_is_the_run_without_a_stop(tmp_path):
             assert resumed["digest"] == straight["digest"]
         steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, 11))
+
+
+def test_sharded_runs_go_on_as_others_and_others_as_sharded(tmp_path):
+    """Evaluated and saved at 5 of 10 steps, in one layout of parameters and resumed in another, to the numbers of one."""
+    options = ["model.positions=learned", "model.tie_embeddings=false", "train.steps=10", "checkpoint.every=5",
+               "train.eval_every=5"]  # fmt: skip
+    straight = run(1, tmp_path / "straight", *options)[0]
+    sharded, wide = ["parallel.fsdp=true"], ["parallel.fsdp=true", "parallel.dp=2"]
+    for number, ((ranks, first), (others, second)) in enumerate((((2, sharded), (3, [])), ((2, []), (4, wide)))):
+        out = tmp_path / str(number)
+        run(ranks, out, *options, *first)
+        (out / "checkpoints" / "step_10").rename(tmp_path / f"gone{number}")
+        results = run(others, out, *options, *second)
+        assert results[0]["from"] == 5
+        assert results[0]["losses"] == pytest.approx(straight["losses"][5:], rel=1e-10)
+        assert results[0]["eval"] == pytest.approx(straight["eval"], rel=1e-10)
+        assert len({result["digest"] for result in results}) == 1
 
 
 def test_a_finished_run_has_nothing_to_do(tmp_path):

@@ -201,7 +201,8 @@ def init_mesh(
     if ranks_per_node is not None and cp % ranks_per_node and ranks_per_node % cp:
         raise refuse("ranks_per_node", ranks_per_node, f"give a number that divides cp={cp}, or that cp divides")
     mesh = init_device_mesh(device_type, (dp, cp), mesh_dim_names=("dp", "cp"))
-    setattr(mesh, _PLACES, _Places(ranks_per_node or _launched_per_node(device_type)))
+    rows = [list(range(first, first + cp)) for first in range(0, ranks, cp)]
+    setattr(mesh, _PLACES, _Places(ranks_per_node or _launched_per_node(device_type), rows))
     return mesh
 
 
@@ -211,9 +212,11 @@ _PLACES = "_lss_places"
 
 @dataclass
 class _Places:
-    """`per_node`: neighbours that share a node; `groups`: the sub-groups of the cp axis made so far, by size and stride."""
+    """`per_node`: neighbours that share a node; `rows`: the ranks of each cp group; `groups`: the sub-groups of the cp axis
+    made so far, by size and stride."""
 
     per_node: int
+    rows: list[list[int]] | None = None
     groups: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict)
 
 
@@ -285,9 +288,11 @@ def sub_group(mesh: DeviceMesh, size: int, stride: int) -> dist.ProcessGroup | N
         return mesh.get_group("cp")
     groups = _places(mesh).groups
     if (size, stride) not in groups:
-        axis = (mesh.mesh_dim_names or ()).index("cp")
-        ranks = mesh.mesh.movedim(axis, -1).reshape(-1, cp_size(mesh)).tolist()
-        if mesh.mesh.numel() != dist.get_world_size():
+        ranks = _places(mesh).rows
+        if ranks is None:
+            axis = (mesh.mesh_dim_names or ()).index("cp")
+            ranks = mesh.mesh.movedim(axis, -1).reshape(-1, cp_size(mesh)).tolist()
+        if sum(map(len, ranks)) != dist.get_world_size():
             raise refuse("mesh", tuple(mesh.mesh.shape), "part of one cannot be cut further; give the whole mesh")
         for members in rank_groups(ranks, size, stride):  # every rank takes part in making every group
             group = dist.new_group(members)

@@ -83,6 +83,10 @@ class HostTier:
             self.taken += nbytes
         return (_pinned(nbytes) if self.device.type == "cuda" else torch.empty(nbytes, dtype=torch.uint8)), None
 
+    def buffers(self) -> list[torch.Tensor]:
+        """All that are free; those in use are their slots'."""
+        return [buffer for free in self._free.values() for buffer, _ in free]
+
     def give_back(self, buffer: torch.Tensor, read: Event | None = None) -> None:
         """The buffer may be taken again, and written from when `read` is past."""
         with self._lock:

@@ -95,7 +95,7 @@ class Offloader:
         if nbytes < self.least_bytes or isinstance(x, torch.nn.Parameter) or not x.is_contiguous():
             return x.detach()
         x = x.detach()
-        key = (x.data_ptr(), x.shape, x.dtype, x._version)
+        key = (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.dtype, x._version)
         storage, known = self._known.get(key, (None, None))
         kept = None if known is None else known()
         same = storage is not None and not storage.expired()  # the memory has not been another tensor's since

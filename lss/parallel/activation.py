@@ -195,4 +195,5 @@ def _dropped(remembered: tuple[torch.Tensor, ...], offloader: Offloader | None) 
 
 
 def _bytes_of(x: torch.Tensor) -> tuple:
-    return x.data_ptr(), x.shape, x.stride(), x.dtype
+    # by its storage, which tensors without data have too
+    return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype

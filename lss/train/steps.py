@@ -94,14 +94,14 @@ def forward_loss(
 
 
 def accumulate_gradients(
-    model: nn.Module, batches: Sequence[Batch], config: Config, *, step: int
+    model: nn.Module, batches: Sequence[Batch], config: Config, *, step: int, count: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Leave the gradient of the step's mean loss in every `.grad`; returns that loss (float64) and the labels counted.
 
     Both are on the device, which has perhaps not yet computed them: nothing here waits for it. The mean runs over the
     labels of all micro-batches on all ranks together. A step without any label has loss 0 and gradient 0.
     """
-    count = count_labels(model, batches)
+    count = count_labels(model, batches) if count is None else count
     loss = torch.zeros((), dtype=torch.float64, device=count.device)
     for number, batch in enumerate(batches):
         last = number + 1 == len(batches)

@@ -40,6 +40,11 @@ def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) ->
     """The config's model, laid out over the mesh and given segments, on the mesh's device."""
     model = Transformer(config.model, seq_len or config.data.seq_len, seed=config.train.seed)
     model.to(device=mesh.device_type, dtype=parameter_dtype(config.train.dtype))
+    return lay_out(config, model, mesh)
+
+
+def lay_out(config: Config, model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
+    """A plain model laid out over the mesh as the config says."""
     parallel = config.parallel
     return parallelize(
         model,

@@ -60,7 +60,7 @@ def _kept(layers, offload, checkpointing):
         layout.offloader.least_bytes = 1
         model(ids, ids).loss.backward()  # host buffers are made at first use, and are no memory of the device
         (tier,) = layout.offloader.tiers
-        others |= {buffer.untyped_storage()._cdata for free in tier._free.values() for buffer, _ in free}
+        others |= {buffer.untyped_storage()._cdata for buffer in tier.buffers()}
     with Made() as made:
         loss = model(ids, ids).loss
     kept = made.alive(others)

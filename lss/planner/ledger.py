@@ -1,0 +1,159 @@
+"""Every allocation of a training step, by class and in order: what is live when, and what the peak is made of."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# in the order in which they are shown
+CLASSES = {
+    "weights": "parameters and buffers of the model",
+    "gradients": "gradients of parameters, and the buffers in which ranks sum them",
+    "optimizer": "what the optimizer keeps of each parameter",
+    "activations": "what forward keeps for backward",
+    "gathered keys": "keys and values of other ranks' tokens, and their gradients",
+    "logits": "tensors of tokens by vocabulary",
+    "temporary": "what an operation makes and the next ones use up",
+    "host": "host memory that activations are kept in; no memory of the device",
+}
+_PURPOSES = {"kv": "gathered keys", "dkv": "gathered keys", "gradients": "gradients"}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of most bytes on the device.
+
+    Attributes:
+        bytes: all that is live.
+        phase: "forward", "backward" or "update".
+        operation: the operator that made the last of it.
+        classes: bytes by class of `CLASSES`, the largest first, "host" apart.
+        host: most bytes of host memory at any time.
+    """
+
+    bytes: int
+    phase: str
+    operation: str
+    classes: dict[str, int]
+    host: int
+
+
+@dataclass
+class _Piece:
+    bytes: int
+    label: str
+    phase: str
+
+
+@dataclass
+class Ledger(TorchDispatchMode):
+    """Notes every storage that operations make, from its making to its end. Works on real tensors and on fake ones.
+
+    Use as a context manager around a step; tell it of what is there before by `own`, and of the step's parts by `enter`. It
+    listens to `lss.comm.count_collectives` through `collective`.
+
+    Args:
+        granularity: bytes that each allocation is rounded up to: 512 as CUDA's caching allocator has it.
+        vocabulary: V, by which logits are known; 0 where there are none.
+    """
+
+    granularity: int = 1
+    vocabulary: int = 0
+    phase: str = "before"
+    _pieces: dict[int, _Piece] = field(default_factory=dict)
+    _alive: dict[int, int] = field(default_factory=dict)  # storage -> piece
+    _events: list[tuple[int, str, str]] = field(default_factory=list)  # (piece, or its complement when freed), phase, by what
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    # -- what is noted ---------------------------------------------------------------------------------------------------
+
+    def own(self, label: str, tensors: Iterable[torch.Tensor]) -> None:
+        """These belong to a class, now and for as long as they live."""
+        for tensor in tensors:
+            self._note(tensor, "own", label)
+
+    def enter(self, phase: str) -> None:
+        """The next part of the step begins. What forward has made and is still there, it keeps for backward."""
+        if self.phase == "forward" and phase == "backward":
+            for number in self._alive.values():
+                piece = self._pieces[number]
+                if piece.phase == "forward" and piece.label == "temporary":
+                    piece.label = "activations"
+        self.phase = phase
+
+    def collective(self, purpose: str, payload: torch.Tensor) -> None:
+        """A collective's buffer, by its purpose."""
+        if purpose in _PURPOSES:
+            self._note(payload, "collective", _PURPOSES[purpose])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self._note(x, str(func), None)
+        return out
+
+    def _note(self, tensor: torch.Tensor, operation: str, label: str | None) -> None:
+        tensor = getattr(tensor, "_local_tensor", tensor)  # a distributed tensor's own part
+        if tensor.device.type == "meta" and not isinstance(tensor, torch._subclasses.FakeTensor):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        number = self._alive.get(key)
+        if number is None:
+            number = len(self._pieces)
+            size = -(-storage.nbytes() // self.granularity) * self.granularity
+            self._pieces[number] = _Piece(size, label or self._guess(tensor), self.phase)
+            self._alive[key] = number
+            self._events.append((number, self.phase, operation))
+            weakref.finalize(storage, self._gone, key, number)
+        elif label is not None:
+            self._pieces[number].label = label
+
+    def _guess(self, tensor: torch.Tensor) -> str:
+        wide = self.vocabulary and tensor.dim() == 2 and tensor.shape[1] == self.vocabulary
+        return "logits" if wide else "temporary"
+
+    def _gone(self, key: int, number: int) -> None:
+        if self._alive.get(key) == number:
+            del self._alive[key]
+            self._events.append((~number, self.phase, ""))
+
+    # -- what comes of it ------------------------------------------------------------------------------------------------
+
+    def timeline(self) -> list[tuple[str, int]]:
+        """(phase, bytes live on the device) after each change."""
+        total, line = 0, []
+        for number, phase, _ in self._events:
+            piece = self._pieces[number if number >= 0 else ~number]
+            if piece.label == "host":
+                continue
+            total += piece.bytes if number >= 0 else -piece.bytes
+            line.append((phase, total))
+        return line
+
+    def peak(self) -> Peak:
+        """The moment of most bytes."""
+        live: Counter[str] = Counter()
+        best, moment, total, host = 0, (Counter(), "before", ""), 0, 0
+        for number, phase, operation in self._events:
+            piece, sign = (self._pieces[number], 1) if number >= 0 else (self._pieces[~number], -1)
+            live[piece.label] += sign * piece.bytes
+            if piece.label == "host":
+                host = max(host, live["host"])
+                continue
+            total += sign * piece.bytes
+            if total > best:
+                best, moment = total, (live.copy(), phase, operation)
+        classes, phase, operation = moment
+        ordered = {name: n for name, n in classes.most_common() if n and name != "host"}
+        return Peak(best, phase, operation, ordered, host)

@@ -1,0 +1,153 @@
+"""A training step of any rank of any mesh, traced without data: the product's own code under fake tensors.
+
+The process group is torch's fake one, which moves nothing; tensors have shapes and no storage. What is read from the trace
+is what the code did: allocations, collectives. There is no second set of formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+
+from lss.comm import CollectiveCounter, communicator, count_collectives, cp_communicator
+from lss.comm.counter import Tally
+from lss.config import Config
+from lss.config.errors import Refused
+from lss.data.reader import Batch
+from lss.mesh import close, init_mesh
+from lss.model import Transformer
+from lss.parallel import clip_grad_norm_, layout_of
+from lss.planner.ledger import Ledger, Peak
+from lss.train.optim import build_optimizer
+from lss.train.steps import accumulate_gradients, parameter_dtype
+from lss.train.trainer import lay_out
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """What one rank does in one training step.
+
+    Attributes:
+        peak: the moment of most memory, by class.
+        timeline: (phase, bytes live on the device) after each change.
+        collectives: calls, elements and bytes by (kind, purpose, link).
+        steady: bytes of weights, gradients and optimizer state, which are there at any length.
+    """
+
+    peak: Peak
+    timeline: list[tuple[str, int]]
+    collectives: dict[tuple[str, str, str | None], Tally]
+    steady: int
+
+
+def trace_step(config: Config, *, rank: int = 0, ranks_per_node: int | None = None, granularity: int = 1) -> StepTrace:
+    """Trace one step of `rank` in a run of this config, resolved for its number of ranks.
+
+    No process group may be there; a fake one is made and ended. Tensors are those of a CPU. What `torch.compile` would fuse
+    is traced as it stands.
+
+    Args:
+        ranks_per_node: neighbours that share a host; all by default.
+        granularity: bytes that an allocation is rounded up to.
+
+    Raises:
+        Refused: packed documents, whose lengths are not known before they are read; or what the layout refuses.
+    """
+    if config.data.packing:
+        raise Refused("data.packing=true: the lengths of documents are not known before they are read; plan with false.")
+    config = replace(config, train=replace(config.train, compile=False))
+    with _fake_mesh(config, rank, ranks_per_node) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.random.fork_rng(devices=[]), _default_dtype(parameter_dtype(config.train.dtype)):
+            model = lay_out(config, Transformer(config.model, config.data.seq_len), mesh)
+        return run_step(config, model, granularity=granularity)
+
+
+def run_step(config: Config, model: nn.Module, *, granularity: int = 1) -> StepTrace:
+    """One step of a model that has been laid out, on real tensors or fake ones, under a ledger.
+
+    The optimizer's state is there from the start, as it is from the second step of a run on.
+    """
+    optimizer, ledger = build_optimizer(model, config.optim), Ledger(granularity, config.model.vocab_size)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    batches, count = [synthetic_batch(config, model) for _ in range(config.train.accumulate)], torch.ones(())
+    state = [x for entry in optimizer.state.values() for x in entry.values() if isinstance(x, torch.Tensor)]
+    ledger.own("weights", chain(model.parameters(), model.buffers()))
+    ledger.own("optimizer", state)
+    hooks = [p.register_post_accumulate_grad_hook(lambda q: ledger.own("gradients", [q.grad])) for p in model.parameters()]
+    phases = [model.register_forward_pre_hook(lambda *_: ledger.enter("forward")),
+              model.register_forward_hook(lambda *_: ledger.enter("backward"))]  # fmt: skip
+    with count_collectives() as counter, _listening(counter, ledger), ledger:
+        accumulate_gradients(model, batches, config, step=1, count=count)
+        ledger.enter("update")
+        clip_grad_norm_(model, config.optim.clip)
+        optimizer.step()
+    for handle in (*hooks, *phases):
+        handle.remove()
+    offloader = layout_of(model).offloader
+    for tier in offloader.tiers if offloader is not None else ():
+        ledger.own("host", tier.buffers())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    steady = sum(x.numel() * x.element_size() for x in chain(model.parameters(), state, gradients))
+    return StepTrace(ledger.peak(), ledger.timeline(), dict(counter.tallies), steady)
+
+
+def synthetic_batch(config: Config, model: nn.Module) -> Batch:
+    """A micro-batch of zeros in the shapes of this rank's."""
+    layout = layout_of(model)
+    segment = layout.segment(config.data.seq_len)
+    rows, T = config.train.batch_size // config.train.accumulate // layout.dp.size, segment.local_len
+    zeros, slots = torch.zeros(rows, T, dtype=torch.int64), torch.arange(rows)
+    source, source_segment = None, None
+    if config.model.kind == "encoder_decoder":
+        source_segment = layout.source_segment(-(-config.data.seq_len // config.data.source_every))
+        source = torch.zeros(rows, source_segment.local_len, dtype=torch.int64)
+    return Batch(zeros, zeros.clone(), segment.positions, slots, slots, None, segment, source, source_segment)
+
+
+@contextmanager
+def _fake_mesh(config: Config, rank: int, ranks_per_node: int | None) -> Iterator[DeviceMesh]:
+    # torch's testing module is the only place where its fake process group can be had
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    cp, dp = config.parallel.cp, config.parallel.dp
+    assert isinstance(cp, int), "resolve the config first"
+    assert not dist.is_initialized(), "a trace makes its own process group"
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=cp * dp)
+    try:
+        mesh = init_mesh(cp=cp, dp=dp, device_type="cpu", ranks_per_node=ranks_per_node or cp * dp)
+        # groups are made by computing on ranks, which tensors without data cannot do; they are kept with the mesh
+        cp_communicator(mesh)
+        for axes in (("dp",), ("dp", "cp")):
+            communicator(mesh, axes)
+        yield mesh
+    finally:
+        close()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _listening(counter: CollectiveCounter, ledger: Ledger) -> Iterator[None]:
+    """Let the ledger hear of every collective that the counter counts."""
+    counter.also = ledger.collective
+    yield
+    counter.also = None

@@ -69,7 +69,8 @@ class Ledger(TorchDispatchMode):
     phase: str = "before"
     _pieces: dict[int, _Piece] = field(default_factory=dict)
     _alive: dict[int, int] = field(default_factory=dict)  # storage -> piece
-    _events: list[tuple[int, str, str]] = field(default_factory=list)  # (piece, or its complement when freed), phase, by what
+    # (piece, or its complement when freed; phase; by what)
+    _events: list[tuple[int, str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()

@@ -39,8 +39,8 @@ def test_a_silent_rank_is_dead_after_five_seconds():
     found = verdict(table, now=105.0)
     assert found.rank == 2
     assert found.code == 1
-    assert found.text == ("rank 2 has not been heard of for 5 s: killed, stopped or cut off; last seen in step 14, before the "
-                          "all_gather of kv that ranks 0, 1, 3 wait in")  # fmt: skip
+    assert found.text == ("rank 2 has not been heard of for 5 s: killed, stopped or cut off; last seen in step 14, before "
+                          "the all_gather of kv that ranks 0, 1, 3 wait in")  # fmt: skip
 
 
 def test_a_process_that_lives_may_hold_its_lock_for_longer():

@@ -140,9 +140,10 @@ class Watch:
     def _tell(self) -> None:
         """Have one more round made, and wait for it a little."""
         rounds, deadline = self._rounds, time.monotonic() + PERIOD
-        self._wake.set()
+        # two: the one under way may have looked before
         while self._rounds < rounds + 2 and time.monotonic() < deadline and not self._broken:
-            time.sleep(0.02)
+            self._wake.set()
+            time.sleep(0.005)
 
     def explain(self, error: BaseException) -> None:
         """End the process with the ranks' verdict, if `error` is a transfer that failed because a rank is lost.

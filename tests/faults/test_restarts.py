@@ -67,7 +67,7 @@ def wait_for(process: subprocess.Popen, out: Path, condition, timeout: float = 1
 @pytest.mark.parametrize("torchrun", [True, False], ids=["torchrun", "lss"])
 def test_a_killed_rank_is_started_again_and_resumes(tmp_path, torchrun):
     out = tmp_path / "run"
-    more = ["train.steps=300", "checkpoint.every=10"]
+    more = ["train.steps=60", "checkpoint.every=10"]
     more += [] if torchrun else ["--nproc", "2", "--max-restarts", "2"]
     process = start(out, *more, torchrun=torchrun)
     try:
@@ -76,9 +76,9 @@ def test_a_killed_rank_is_started_again_and_resumes(tmp_path, torchrun):
         assert process.wait(150) == 0, said(out)
     finally:
         process.kill()
-    assert steps(out) == list(range(1, 301))
+    assert steps(out) == list(range(1, 61))
     assert "from step 1\n" in said(out)
-    assert any(f"from step {10 * n + 1}\n" in said(out) for n in range(1, 30)), said(out)
+    assert any(f"from step {10 * n + 1}\n" in said(out) for n in range(1, 6)), said(out)
     assert "rank 1 is gone" in said(out)
 
 

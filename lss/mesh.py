@@ -118,6 +118,17 @@ def pick_device_type(local_world_size: int = 1) -> str:
     return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size else "cpu"
 
 
+def _agent_store(environment: RankEnvironment, timeout: timedelta) -> dist.Store | None:
+    """The store of torch's elastic agent, a room of its own for each start of the ranks; None where no agent hosts one.
+
+    The agent's store outlives the ranks: those started again would read where the dead ones listened, and connect there.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(environment.address, environment.port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return dist.PrefixStore(f"lss/start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def _init_process_group(device_type: str | None, timeout: timedelta) -> str:
     environment = rank_environment()
     device_type = device_type or pick_device_type(environment.local_world_size if environment else 1)
@@ -138,9 +149,12 @@ def _init_process_group(device_type: str | None, timeout: timedelta) -> str:
         # gloo otherwise announces the host's outer address, which need not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if os.path.exists("/sys/class/net/lo") else "lo0")
     try:
+        store = _agent_store(environment, timeout)
+        url = "env://" if environment.launcher == "torchrun" else f"tcp://{environment.address}:{environment.port}"
         dist.init_process_group(
             backend,
-            init_method="env://" if environment.launcher == "torchrun" else f"tcp://{environment.address}:{environment.port}",
+            init_method=None if store is not None else url,
+            store=store,
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lss.cli.main import split_config
-from lss.cli.ranks import must_launch, planned_ranks, share_cores, without_nproc
+from lss.cli.ranks import launch, must_launch, planned_ranks, share_cores
 from lss.config.errors import Refused, refuse
 from lss.mesh import pick_device_type, rank_environment
 
@@ -41,9 +41,7 @@ def bench(options: argparse.Namespace, arguments: list[str]) -> int:
     # everything is read here, so that a mistake is told once and before any rank is started
     plan: Any = _attention_plan(options, ranks) if options.action == "attention" else _train_plan(options, ranks)
     if must_launch(options.nproc):
-        from lss.launch import launch_local
-
-        return launch_local(options.nproc, [*without_nproc(arguments), "--command", _command(arguments)])
+        return launch(options.nproc, [*arguments, "--command", _command(arguments)])
     return _measure(options, plan, options.command or _command(arguments))
 
 

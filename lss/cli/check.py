@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from lss.cli.main import split_config
-from lss.cli.ranks import must_launch, planned_ranks, read_config, share_cores, without_nproc
+from lss.cli.ranks import launch, must_launch, planned_ranks, read_config, share_cores
 from lss.config import Config
 
 if TYPE_CHECKING:
@@ -18,9 +18,7 @@ def check(options: argparse.Namespace, arguments: list[str]) -> int:
     path, overrides = split_config(options.config)
     config = read_config(path, overrides, planned_ranks(options.nproc))
     if must_launch(options.nproc):
-        from lss.launch import launch_local
-
-        return launch_local(options.nproc, without_nproc(arguments))
+        return launch(options.nproc, arguments)
     return _check(config)
 
 

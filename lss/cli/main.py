@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 
 from lss.cli.bench_options import add_bench
-from lss.config.errors import Failed, Refused, refuse
+from lss.config.errors import Failed, Refused, Stopped, refuse
+from lss.train.signals import Signals, is_first_rank
 
 VERBS = ("train", "check", "bench", "data", "export", "report")
 
@@ -32,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train a model", description="Train a model; ranks share each sequence.")
     _config_arguments(train)
     train.add_argument("--out", metavar="DIR", help="the run's folder (default runs/NAME-of-config)")
+    train.add_argument("--max-restarts", type=int, default=0, metavar="K",
+                       help="with --nproc: start all ranks again up to K times where one is lost (default 0)")  # fmt: skip
 
     check = verbs.add_parser(
         "check",
@@ -92,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Failed as failure:
         print(f"lss: {failure}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        if str(stopped):
+            print(f"lss: {stopped}", file=sys.stderr)
+        return stopped.code
     except KeyboardInterrupt:
         return 130
 
@@ -110,9 +118,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     # each verb's room is imported only when it is asked for: torch alone takes seconds
     if options.verb == "train":
-        from lss.cli.train import train
+        # read when torch is loaded: where a rank is lost, its warnings of broken connections would bury what the watch says
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        # one rank of many speaks for all
+        with Signals(say=is_first_rank(os.environ)) as signals:
+            from lss.cli.train import train
 
-        return train(options, arguments)
+            return train(options, arguments, signals)
     if options.verb == "check":
         from lss.cli.check import check
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lss.config import Config, load_config
 from lss.config.errors import refuse
 from lss.mesh import rank_environment
+from lss.train.signals import Signals
 
 
 def planned_ranks(nproc: int | None) -> int:
@@ -28,20 +29,29 @@ def must_launch(nproc: int | None) -> bool:
     return rank_environment() is None and nproc is not None and nproc > 1
 
 
+def launch(nproc: int, arguments: Sequence[str]) -> int:
+    """Start this command as `nproc` ranks and wait for them; for commands that leave nothing to save."""
+    from lss.launch import launch_local
+
+    with Signals(say=False) as signals:
+        return launch_local(nproc, without_launcher(arguments), signals)
+
+
 def read_config(path: str | None, overrides: Sequence[str], ranks: int) -> Config:
     """Load and validate the config for this many ranks."""
     return load_config(path, overrides).resolved(ranks)
 
 
-def without_nproc(arguments: Sequence[str]) -> list[str]:
-    """The command line that a started rank gets."""
+def without_launcher(arguments: Sequence[str]) -> list[str]:
+    """The command line that a started rank gets: without the options of whoever starts it."""
+    options = ("--nproc", "--max-restarts")
     kept, skip = [], False
     for argument in arguments:
         if skip:
             skip = False
-        elif argument == "--nproc":
+        elif argument in options:
             skip = True
-        elif not argument.startswith("--nproc="):
+        elif not argument.startswith(tuple(f"{option}=" for option in options)):
             kept.append(argument)
     return kept
 

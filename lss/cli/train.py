@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from lss.cli.main import split_config
-from lss.cli.ranks import must_launch, planned_ranks, read_config, share_cores, without_nproc
+from lss.cli.ranks import must_launch, planned_ranks, read_config, share_cores, without_launcher
 from lss.config import Config
 from lss.config.errors import Refused, refuse
+from lss.train.signals import Signals
 
 
-def train(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Train as one rank, or start the ranks that do."""
+def train(options: argparse.Namespace, arguments: list[str], signals: Signals) -> int:
+    """Train as one rank, or start the ranks that do; `signals`: heard since the command's start."""
     path, overrides = split_config(options.config)
     config = read_config(path, overrides, planned_ranks(options.nproc))
     out = Path(options.out or f"runs/{config.name}")
@@ -21,8 +23,8 @@ def train(options: argparse.Namespace, arguments: list[str]) -> int:
     if must_launch(options.nproc):
         from lss.launch import launch_local
 
-        return launch_local(options.nproc, without_nproc(arguments))
-    return _train(config, out)
+        return launch_local(options.nproc, without_launcher(arguments), signals, max_restarts=options.max_restarts)
+    return _train(config, out, signals)
 
 
 def _refuse_early(config: Config, out: Path) -> None:
@@ -47,10 +49,15 @@ def _refuse_early(config: Config, out: Path) -> None:
         EvalLoader(held_out, samples=train.eval_samples, rows_per_batch=1, **shared, **kind)
 
 
-def _train(config: Config, out: Path) -> int:
+def _train(config: Config, out: Path, signals: Signals) -> int:
+    from datetime import timedelta
+
     import torch
 
+    from lss.checkpoint import find_checkpoint
+    from lss.comm import Watch
     from lss.mesh import close, init_mesh
+    from lss.train.stopping import newest_words
     from lss.train.trainer import Trainer
 
     share_cores()
@@ -59,9 +66,18 @@ def _train(config: Config, out: Path) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     assert isinstance(config.parallel.cp, int)
-    mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp)
+    # a little longer than the watch's, which can say who is stuck
+    timeout = timedelta(seconds=config.train.timeout + 5)
+    mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp, timeout=timeout)
     try:
-        Trainer(config, mesh, out, on_end=_report).train()
+        newest = partial(newest_words, lambda: find_checkpoint(out / "checkpoints"))
+        with Watch(mesh, config.train.timeout, newest) as watch:
+            signals.before_leaving = lambda name, code: watch.leave("stopped", name, code)
+            try:
+                Trainer(config, mesh, out, on_end=_report, signals=signals, watch=watch).train()
+            except Exception as error:
+                watch.explain(error)
+                raise
     finally:
         close()
     return 0

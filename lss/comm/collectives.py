@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.comm.counter import record
+from lss.comm.counter import issued, record
 from lss.comm.peers import PeerMemory, open_peers
 from lss.mesh import axis_group
 from lss.segment import Fetch
@@ -27,12 +27,19 @@ KV = tuple[torch.Tensor, torch.Tensor]
 
 
 class Pending(Generic[R]):
-    """A collective under way. `wait()` returns its result, on a GPU by ordering the current stream behind it."""
+    """A collective under way. `wait()` returns its result, on a GPU by ordering the current stream behind it.
+
+    Attributes:
+        waiting: somebody is inside `wait()`, for the transfer itself; stays so where the transfer fails.
+    """
 
     def __init__(self, works: Sequence[Any], result: Callable[[], R], keep: object = None) -> None:
         self._works = works
         self._result = result
         self._keep = keep  # the input must outlive the transfer
+        self.waiting = False
+        if works:
+            issued(self)
 
     def begin(self) -> R:
         """The result, whose parts may not all have come: `upto` says which are read next. Here all have."""
@@ -43,9 +50,10 @@ class Pending(Generic[R]):
 
     def wait(self) -> R:
         """Wait for the transfer and return the result."""
+        self.waiting = bool(self._works)
         for work in self._works:
             work.wait()
-        self._works = ()
+        self.waiting, self._works = False, ()
         self._keep = None
         return self._result()
 

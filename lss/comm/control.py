@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lss.comm.collectives import Pending
 from lss.comm.counter import record
 
 _KEPT = "_lss_controls"
@@ -37,7 +38,8 @@ class Control:
             return values
         told = torch.tensor(values, dtype=torch.int64)
         record("all_reduce", "control", told)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
+        work = dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        Pending((work,), lambda: told).wait()
         return tuple(told.tolist())
 
     def gather(self, text: str) -> list[str]:
@@ -52,7 +54,8 @@ class Control:
             mine[8 : 8 + len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         record("all_gather", "control", torch.cat(parts))
-        dist.all_gather(parts, mine, group=self._group)
+        work = dist.all_gather(parts, mine, group=self._group, async_op=True)
+        Pending((work,), lambda: parts).wait()
         lengths = [int(part[:8].view(torch.int64)) for part in parts]
         return [bytes(part[8 : 8 + n].tolist()).decode() for part, n in zip(parts, lengths, strict=True)]
 

@@ -12,12 +12,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 # Backward runs on autograd's own threads, so neither a context variable nor a thread-local would see it: like torch's
-# own counting modes, the counters that are listening stand in one list of the process.
-_LISTENING: list[CollectiveCounter] = []
+# own counting modes, what listens stands in one list of the process.
+_LISTENING: list[Listener] = []
+
+
+class Listener(Protocol):
+    """What is told of every collective that this process issues, from whichever thread issues it."""
+
+    def add(self, kind: str, purpose: str, payload: torch.Tensor, link: str | None = None) -> None:
+        """One call is about to be issued."""
+
+    def issued(self, pending: Any) -> None:
+        """It is under way: the `Pending` of the call that this thread told of last."""
 
 
 @dataclass
@@ -65,6 +76,9 @@ class CollectiveCounter:
         tally.elements += payload.numel()
         tally.bytes += payload.numel() * payload.element_size()
 
+    def issued(self, pending: Any) -> None:
+        """A counter does not ask how calls end."""
+
     def rows(self) -> list[tuple[str, str, int, int]]:
         """(kind, purpose, calls, bytes), sorted, for a table; over all links."""
         pairs = sorted({(kind, purpose) for kind, purpose, _ in self.tallies})
@@ -78,14 +92,28 @@ def count_collectives() -> Iterator[CollectiveCounter]:
     A group of one rank issues nothing and counts nothing.
     """
     counter = CollectiveCounter()
-    _LISTENING.append(counter)
-    try:
+    with listening(counter):
         yield counter
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell `listener` of every collective that this process issues inside the block."""
+    _LISTENING.append(listener)
+    try:
+        yield
     finally:
-        _LISTENING.remove(counter)
+        # by identity: two counters that have counted the same are equal
+        _LISTENING[:] = [other for other in _LISTENING if other is not listener]
+
+
+def issued(pending: Any) -> None:
+    """Tell every listener that the call recorded last by this thread is under way."""
+    for listener in _LISTENING:
+        listener.issued(pending)
 
 
 def record(kind: str, purpose: str, payload: torch.Tensor, link: str | None = None) -> None:
-    """Tell every listening counter of one call."""
-    for counter in _LISTENING:
-        counter.add(kind, purpose, payload, link)
+    """Tell every listener of one call."""
+    for listener in _LISTENING:
+        listener.add(kind, purpose, payload, link)

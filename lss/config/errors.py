@@ -19,6 +19,18 @@ class Failed(RuntimeError):
     """A run that cannot go on through no fault of its input; its text is one sentence, the exit status 1."""
 
 
+class Stopped(Exception):
+    """A run that was told to stop and did, in order; its text is what to say, empty where another rank says it.
+
+    Args:
+        code: the exit status, 128 + the signal's number.
+    """
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 def refuse(setting: str, value: object, fit: str) -> Refused:
     """Build the refusal `setting=value: fit`.
 

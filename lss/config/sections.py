@@ -231,6 +231,10 @@ class TrainConfig:
     compile: bool = _key(False, bool, "torch.compile for what stands between attentions")
     eval_every: int = _key(100, int, "steps between evaluations, the last step included; 0 = never", low=0)
     eval_samples: int = _key(64, int, "held-out sequences per evaluation", low=1)
+    timeout: float = _key(600.0, float, "seconds after which a rank that others wait for in vain is taken for stuck; longer "
+                          "than any save", low=1)  # fmt: skip
+    max_bad_steps: int = _key(10, int, "steps in a row with a loss or gradient that is not finite, which all ranks skip, "
+                              "after which the run fails", low=1)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from lss.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from lss.comm import DEVICE, Watch
 from lss.config import Config
-from lss.config.errors import Failed, refuse
+from lss.config.errors import refuse
 from lss.data.loader import EvalLoader, Loader
 from lss.data.reader import Batch
 from lss.data.sources import ByteCorpus
@@ -26,14 +27,13 @@ from lss.flops import model_flops, peak_flops
 from lss.model import Transformer
 from lss.parallel import clip_grad_norm_, layout_of, parallelize
 from lss.segment.documents import scores_seen
-from lss.train.console import make_console
+from lss.train.console import TrainConsole, make_console
 from lss.train.evaluate import bits_per_byte, evaluate
 from lss.train.metrics import MetricsWriter, peak_memory_bytes
 from lss.train.optim import build_optimizer, learning_rate, set_learning_rate
+from lss.train.signals import Signals
 from lss.train.steps import accumulate_gradients, loader_kind, parameter_dtype
-
-# A run whose gradients stay non-finite is not coming back; stop before it burns its allocation.
-MAX_BAD_STEPS = 10
+from lss.train.stopping import Stopping
 
 
 def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) -> torch.nn.Module:
@@ -115,15 +115,26 @@ class Trainer:
         mesh: from `lss.init_mesh`, of config's cp and dp.
         out: the run's folder; the first rank writes metrics.jsonl, run.json, tensorboard/ and checkpoints/.
         on_end: called on the first rank when the run is complete, with `out`; returns lines to print last.
+        signals: what this process is told while it trains; None: nothing is listened to.
+        watch: is told where this rank is; None: nobody asks.
 
     Raises:
         Refused: data, model or the folder's earlier run do not fit the config; before anything is written.
     """
 
     def __init__(
-        self, config: Config, mesh: DeviceMesh, out: Path, on_end: Callable[[Path], list[str]] = lambda out: []
+        self,
+        config: Config,
+        mesh: DeviceMesh,
+        out: Path,
+        on_end: Callable[[Path], list[str]] = lambda out: [],
+        signals: Signals | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.config, self.mesh, self.out, self.on_end = config, mesh, out, on_end
+        self.stopping = Stopping(mesh, signals, config.train.max_bad_steps)
+        self._at: Callable[[int, str], None] = watch.at if watch is not None else lambda step, phase: None
+        self._at(0, "building the model")
         self.seq_len = config.data.seq_len
         corpus = ByteCorpus(config.data.path)
         self.train_split, self.held_out_split = corpus.split(config.data.held_out)
@@ -132,9 +143,9 @@ class Trainer:
         self.layout = layout_of(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.loader = self._loader()
-        self.bad_steps = 0
         self.first = mesh.get_rank() == 0
         self.matrix_parameters = matrix_parameters(_on_meta(config))
+        self._at(0, "loading the newest save")
         self.done_steps = self._resume()
         self.evaluations: dict[int, float] = {}
 
@@ -171,7 +182,10 @@ class Trainer:
     def _resume(self) -> int:
         """Load the folder's newest checkpoint, if there is one; returns its step, else 0."""
         newest = find_resumable(self.config, self.out)
-        return 0 if newest is None else load_checkpoint(newest, self.model, self.optimizer, self.layout)
+        if newest is None:
+            return 0
+        self.stopping.skipped = read_state(newest).get("skipped", 0)
+        return load_checkpoint(newest, self.model, self.optimizer, self.layout)
 
     def facts(self) -> dict[str, Any]:
         """What a report or a checkpoint tells of this run besides its metrics."""
@@ -182,12 +196,18 @@ class Trainer:
             "mesh": {"dp": self.layout.dp.size, "cp": self.layout.cp.size, "device": _device_name(self.mesh)},
             "parameters": sum(p.numel() for p in _on_meta(self.config).parameters()),
             "corpus": {"name": self.corpus.name, "bytes": len(self.corpus), "digest": self.corpus.digest},
+            "skipped": self.stopping.skipped,
         }  # fmt: skip
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Run to the last step; returns {"step", "loss", "eval_loss"} of the end."""
+        """Run to the last step; returns {"step", "loss", "eval_loss"} of the end.
+
+        Raises:
+            Stopped: the ranks were told to; the last step done is saved.
+            Failed: too many steps in a row without a finite loss and gradient.
+        """
         config, steps = self.config, self.config.train.steps
         if self.done_steps >= steps:
             if self.first:
@@ -202,39 +222,60 @@ class Trainer:
         console.start(self._header())
         row: dict[str, Any] = {}
         try:
+            self.stopping.begin(at_once=not config.train.compile)
             for step in range(self.done_steps + 1, steps + 1):
-                row = self.train_step(step)
-                if config.train.eval_every and (step % config.train.eval_every == 0 or step == steps):
-                    row["eval_loss"] = self.evaluate()
-                    console.evaluation(step, row["eval_loss"], bits_per_byte(row["eval_loss"]))
-                if metrics is not None:
-                    metrics.write(row)
-                console.step(row)
-                if step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                    self.save(step)
+                row = self._step(step, console, metrics)
         finally:
+            console.finish()
             if metrics is not None:
                 metrics.close()
         self._finish(console, row)
+        self.stopping.leave(steps, self.out, self.first)
+        return row
+
+    def _step(self, step: int, console: TrainConsole, metrics: MetricsWriter | None) -> dict[str, Any]:
+        """One step, with what is due after it: evaluation, metrics, a save, the end."""
+        train, every, stopping = self.config.train, self.config.checkpoint.every, self.stopping
+        row = self.train_step(step)
+        if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
+            self._at(step, "evaluating")
+            row["eval_loss"] = self.evaluate()
+            if stopping.stop:  # broken off: no number
+                del row["eval_loss"]
+            else:
+                console.evaluation(step, row["eval_loss"], bits_per_byte(row["eval_loss"]))
+        if metrics is not None:
+            metrics.write(row)
+        console.step(row)
+        asked = stopping.agree()
+        if asked or step == train.steps or (every and step % every == 0):
+            self._at(step, "saving")
+            path = self.save(step)
+            if asked and not stopping.stop and self.first:
+                console.note(f"step {step}/{train.steps}  saved as {path}, as asked by SIGUSR1")
+            stopping.agree_to_stop()  # told meanwhile: the save is done, and the next step may be long
+            if step < train.steps:
+                stopping.leave(step, path, self.first)
         return row
 
     def train_step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its row of metrics."""
         config, started = self.config, time.perf_counter()
+        self._at(step, "training")
         batches = [self.loader.batch(step, micro) for micro in range(config.train.accumulate)]
         self.optimizer.zero_grad(set_to_none=True)
         loss, counted = accumulate_gradients(self.model, batches, config, step=step)
         norm = clip_grad_norm_(self.model, config.optim.clip)
         # the step's one wait for the device; the update then runs while the next batch is read
+        self._at(step, DEVICE)
         loss, norm, counted = torch.stack((loss, norm.to(loss.device), counted.double())).tolist()
         lr = learning_rate(step, config.train.steps, config.optim)
         set_learning_rate(self.optimizer, lr)
         # loss and norm are the same numbers on every rank, so all ranks step or skip together
-        if math.isfinite(norm) and math.isfinite(loss):
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite:
             self.optimizer.step()
-            self.bad_steps = 0
-        else:
-            self._count_bad_step(step)
+        self.stopping.count(finite, step)
         seconds = time.perf_counter() - started
         peak = peak_flops(_device_name(self.mesh))
         return {
@@ -247,15 +288,8 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(torch.device(self.mesh.device_type)),
             "step_time_s": seconds,
             "mfu": self._flops(batches) / (seconds * peak * self.mesh.size()) if peak else None,
+            "skipped": self.stopping.skipped,
         }
-
-    def _count_bad_step(self, step: int) -> None:
-        self.bad_steps += 1
-        if self.bad_steps >= MAX_BAD_STEPS:
-            raise Failed(
-                f"loss or gradient was not finite in {MAX_BAD_STEPS} steps in a row, up to step {step}; "
-                "lower optim.lr or set optim.clip."
-            )
 
     @cached_property
     def _held_out(self) -> EvalLoader:
@@ -274,8 +308,8 @@ class Trainer:
         )
 
     def evaluate(self) -> float:
-        """Mean held-out loss in nats per byte."""
-        return evaluate(self.model, self._held_out, self.config)
+        """Mean held-out loss in nats per byte; NaN where the ranks have agreed to stop before its end."""
+        return evaluate(self.model, self._held_out, self.config, stop=self.stopping.agree_to_stop)
 
     def save(self, step: int) -> Path:
         """Write `out/checkpoints/step_N`."""

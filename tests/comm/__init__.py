@@ -1,0 +1,1 @@
+"""Collectives, counted and watched, without ranks."""

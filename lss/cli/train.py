@@ -30,8 +30,8 @@ def _refuse_early(config: Config, out: Path) -> None:
     from lss.data.loader import EvalLoader, Loader
     from lss.data.sources import ByteCorpus
     from lss.segment import make_segment
+    from lss.train.saving import find_resumable
     from lss.train.steps import loader_kind
-    from lss.train.trainer import find_resumable
 
     find_resumable(config, out)
     if out.exists() and not out.is_dir():

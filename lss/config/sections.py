@@ -229,6 +229,7 @@ class TrainConfig:
     compile: bool = _key(False, bool, "torch.compile for what stands between attentions")
     eval_every: int = _key(100, int, "steps between evaluations, the last step included; 0 = never", low=0)
     eval_samples: int = _key(64, int, "held-out sequences per evaluation", low=1)
+    log_samples: bool = _key(False, bool, "write the samples that each step read to samples.jsonl")
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,14 @@ class CheckpointConfig:
 
     every: int = _key(0, int, "steps between saves; the last step is always saved", low=0)
     keep: int = _key(3, int, "newest saves that stay", low=1)
+    keep_every: int = _key(0, int, "saves of every step that this divides stay for ever; 0 = off", low=0)
+    background: bool = _key(False, bool, "write saves while training goes on; takes host memory for a copy of each rank's "
+                            "share")  # fmt: skip
     resume: str = _key("auto", str, "auto: go on from the folder's newest save", choices=("auto", "never"))
+    fallback: bool = _key(False, bool, "where the newest save is damaged, take the next older good one instead of refusing")
+    on_error: str = _key("stop", str, "what a save that fails does: end the run, or be told of and counted; the last one "
+                         "always ends it with status 1", choices=("stop", "continue"))  # fmt: skip
+
 
 
 SECTIONS: dict[str, type] = {

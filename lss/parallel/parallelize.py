@@ -24,7 +24,7 @@ from lss.offload import Offloader, make_offloader
 from lss.parallel import tensor_parallel as tp
 from lss.parallel.activation import make_pieces, softmax_of
 from lss.parallel.grad_sync import GradSync, global_grad_norm
-from lss.segment import Segment, make_segment
+from lss.segment import Piece, Segment, make_segment, whole_piece
 
 POSITION_TABLE = "position_table.weight"
 
@@ -151,6 +151,7 @@ class Layout:
         self.cp.levels(count_inner(options.inner, strategy, self._config.n_kv_heads, self.cp.size, self.cp.per_node))
         for tensor in (*model.parameters(), *model.buffers()):
             self.all.broadcast(tensor.data, "initial weights").wait()
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before any is cut
         self._tp_cuts = tp.cut_weights(model, self.cp) if strategy == "tp" and self.cp.size > 1 else {}
         self._rows: Segment | None = None
         if model.position_table is not None and self.cp.size > 1 and not packed:
@@ -298,6 +299,29 @@ class Layout:
         if name == POSITION_TABLE and self._rows is not None:
             return unshard(part.detach(), self.mesh, dim=0, seg=self._rows).contiguous()
         return part
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter of the plain model."""
+        return self._shapes[name]
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """Which boxes of a whole parameter lie where in this rank's part; padding rows are in none."""
+        whole = whole_piece(self._shapes[name])
+        if name in self._tp_cuts:
+            dim, at, size = self._tp_cuts[name], list(whole.at), list(whole.size)
+            size[dim] //= self.cp.size
+            at[dim] = self.cp.rank * size[dim]
+            return (Piece(tuple(at), tuple(size), whole.local),)
+        if name == POSITION_TABLE and self._rows is not None:
+            return tuple(Piece((start, 0), (stop - start, whole.size[1]), (local, 0))
+                         for local, _, start, stop in self._rows.local_runs)  # fmt: skip
+        return (whole,)
+
+    def holders(self, name: str) -> tuple[int, ...]:
+        """The ranks that hold the same part of a parameter as this one, itself included."""
+        names = self.mesh.mesh_dim_names or ()
+        ranks = self.mesh.mesh.movedim(names.index("cp"), -1).reshape(-1, self.cp.size)
+        return tuple(ranks[:, self.cp.rank].tolist() if self.is_cut(name) else ranks.flatten().tolist())
 
     def grad_norm(self) -> torch.Tensor:
         """Norm of the whole gradient, equal to one process's; float64."""

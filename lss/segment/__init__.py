@@ -1,6 +1,7 @@
 """Which tokens of a sequence a rank holds and what they see: index arithmetic only, no tensors move here."""
 
 from lss.segment.blocks import Block, LocalRun, make_blocks
+from lss.segment.boxes import Piece, overlap, whole_piece
 from lss.segment.fetch import Fetch, Push, plan_all, plan_fetch, plan_push
 from lss.segment.mask import Mask, Run, make_mask, runs_of
 from lss.segment.order import ORDERS, Segment, make_segment
@@ -11,14 +12,17 @@ __all__ = [
     "Fetch",
     "LocalRun",
     "Mask",
+    "Piece",
     "Push",
     "Run",
     "Segment",
     "make_blocks",
     "make_mask",
     "make_segment",
+    "overlap",
     "plan_all",
     "plan_fetch",
     "plan_push",
     "runs_of",
+    "whole_piece",
 ]

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from lss.config import Config
-from lss.config.errors import Failed, refuse
+from lss.config.errors import Failed
 from lss.data.loader import EvalLoader, Loader
 from lss.data.reader import Batch
 from lss.data.sources import ByteCorpus
@@ -30,6 +29,7 @@ from lss.train.console import make_console
 from lss.train.evaluate import bits_per_byte, evaluate
 from lss.train.metrics import MetricsWriter, peak_memory_bytes
 from lss.train.optim import build_optimizer, learning_rate, set_learning_rate
+from lss.train.saving import SampleLog, Saving
 from lss.train.steps import accumulate_gradients, loader_kind, parameter_dtype
 
 # A run whose gradients stay non-finite is not coming back; stop before it burns its allocation.
@@ -71,36 +71,6 @@ def matrix_parameters(model: Transformer) -> int:
     return total if model.lm_head is None else total - model.embedding.weight.numel()
 
 
-def find_resumable(config: Config, out: Path) -> Path | None:
-    """The checkpoint that a run of this config in this folder goes on from; None where there is none.
-
-    Raises:
-        Refused: the folder holds a run of another model or other data, or resuming is switched off.
-    """
-    newest = find_checkpoint(out / "checkpoints")
-    if newest is None:
-        return None
-    state = read_state(newest)
-    if config.checkpoint.resume == "never":
-        raise refuse("checkpoint.resume", "never", f"{out} holds a run already; choose another --out or 'auto'")
-    earlier, now = state.get("config", {}), config.to_dict()
-    for section in ("model", "data"):
-        for key, value in now[section].items():
-            before = earlier.get(section, {}).get(key)
-            if before != value:
-                raise refuse(f"{section}.{key}", value, f"{out} holds a run made with {before}; choose another --out")
-    corpus, digest = ByteCorpus(config.data.path), state.get("corpus", {}).get("digest")
-    if digest not in (None, corpus.digest):
-        fit = f"its files are no longer those that the run in {out} has read; restore them or choose another --out"
-        raise refuse("data.path", config.data.path or corpus.name, fit)
-    return newest
-
-
-def _default(section: str, key: str) -> Any:
-    """A key's default: what a run did that was made before there was the key."""
-    return Config().to_dict()[section][key]
-
-
 class Trainer:
     """Trains a config's model on its data.
 
@@ -129,7 +99,11 @@ class Trainer:
         self.bad_steps = 0
         self.first = mesh.get_rank() == 0
         self.matrix_parameters = matrix_parameters(_on_meta(config))
-        self.done_steps = self._resume()
+        self.saving = Saving(
+            config, mesh, out, self.model, self.optimizer, self.layout, self.loader, facts=self.facts, say=self._say
+        )
+        self.done_steps = self.saving.resume()
+        self.samples: SampleLog | None = None
         self.evaluations: dict[int, float] = {}
 
     # -- before step 1 -----------------------------------------------------------------------------------------------
@@ -162,10 +136,9 @@ class Trainer:
         total -= rows * model.n_layers * S / 2 if causal and not model.windows and not self.config.data.packing else 0
         return model_flops(self.matrix_parameters, model.d_model, S, rows, total)
 
-    def _resume(self) -> int:
-        """Load the folder's newest checkpoint, if there is one; returns its step, else 0."""
-        newest = find_resumable(self.config, self.out)
-        return 0 if newest is None else load_checkpoint(newest, self.model, self.optimizer, self.layout)
+    def _say(self, line: str) -> None:
+        if self.first:
+            print(line, flush=True)
 
     def facts(self) -> dict[str, Any]:
         """What a report or a checkpoint tells of this run besides its metrics."""
@@ -187,12 +160,16 @@ class Trainer:
             if self.first:
                 print(f"{self.out} is finished: step {self.done_steps} of {steps}; nothing to do.")
             return {"step": self.done_steps, "loss": math.nan, "eval_loss": math.nan}
+        self.saving.probe()
         console = make_console(self.first, steps, self.done_steps + 1)
         metrics = None
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             self._write_run({})
             metrics = MetricsWriter(self.out, last_step=self.done_steps)
+        if config.train.log_samples:
+            self.samples = SampleLog(self.out, self.mesh, self.loader, last_step=self.done_steps)
+        self.saving.say = console.note
         console.start(self._header())
         row: dict[str, Any] = {}
         try:
@@ -206,9 +183,14 @@ class Trainer:
                 console.step(row)
                 if step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                     self.save(step)
+            self.finish_saves()
+        except Failed:
+            self.saving.abandon(seconds=10.0)
+            raise
         finally:
-            if metrics is not None:
-                metrics.close()
+            for log in (metrics, self.samples):
+                if log is not None:
+                    log.close()
         self._finish(console, row)
         return row
 
@@ -216,6 +198,8 @@ class Trainer:
         """One optimizer step; returns its row of metrics."""
         config, started = self.config, time.perf_counter()
         batches = [self.loader.batch(step, micro) for micro in range(config.train.accumulate)]
+        if self.samples is not None:
+            self.samples.write(step, batches)
         self.optimizer.zero_grad(set_to_none=True)
         loss, counted = accumulate_gradients(self.model, batches, config, step=step)
         norm = clip_grad_norm_(self.model, config.optim.clip)
@@ -271,10 +255,13 @@ class Trainer:
         """Mean held-out loss in nats per byte."""
         return evaluate(self.model, self._held_out, self.config)
 
-    def save(self, step: int) -> Path:
-        """Write `out/checkpoints/step_N`."""
-        folder, keep = self.out / "checkpoints", self.config.checkpoint.keep
-        return save_checkpoint(folder, step, self.model, self.optimizer, self.layout, facts=self.facts(), keep=keep)
+    def save(self, step: int) -> None:
+        """Write `out/checkpoints/step_N`, unless that step has been saved; see `Saving.save`."""
+        self.saving.save(step)
+
+    def finish_saves(self) -> None:
+        """Wait for the save under way; see `Saving.finish`."""
+        self.saving.finish()
 
     # -- what people see ---------------------------------------------------------------------------------------------
 
@@ -300,7 +287,7 @@ class Trainer:
     def _finish(self, console: Any, row: dict[str, Any]) -> None:
         if not self.first:
             return
-        results = {"step": row["step"], "loss": row["loss"]}
+        results = {"step": row["step"], "loss": row["loss"], "failed_saves": self.saving.failed}
         lines = []
         if "eval_loss" in row:
             results |= {"eval_loss": row["eval_loss"], "bits_per_byte": bits_per_byte(row["eval_loss"])}

@@ -67,7 +67,7 @@ def write_tensors(
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview | bytes:
     flat = tensor.contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 def write_bytes(descriptor: int, data: memoryview | bytes) -> None:

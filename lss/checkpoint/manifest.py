@@ -125,7 +125,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if "model.safetensors" in entries:
             raise Refused(f"{path}: a checkpoint of format 1, of an earlier version; this one reads format {FORMAT}.")
         fit = "give a folder such as RUN/checkpoints/step_100"
-        raise Refused(f"{path}: not a whole checkpoint, {MANIFEST} is missing; {fit}.")
+        raise Refused(f"{path / MANIFEST}: missing, so this is not a checkpoint; {fit}.")
     manifest = _read_manifest(path / MANIFEST)
     named = STEP_NAME.fullmatch(path.name)
     if named and int(named[1]) != manifest["step"]:

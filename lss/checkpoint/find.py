@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from lss.checkpoint.files import flush_folder, write_file
@@ -181,6 +182,7 @@ def probe_shared(folder: Path, control: Control) -> None:
             reason = f"rank {control.rank} does not see what rank 0 writes there; choose one that all hosts share"
     reason = next((text for text in control.gather(reason) if text), "")
     if control.rank == 0:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be none
+            probe.unlink()
     if reason:
         raise Refused(f"--out={folder}: {reason}.")

@@ -167,7 +167,7 @@ class Saving:
         self._asked = -1
         if outcome.lost or self._settings.on_error == "stop":
             raise Failed(outcome.reason)
-        self.say(f"{outcome.reason.rstrip('.')}; training goes on.")
+        self.say(f"{outcome.reason.rstrip('.')}; saves that failed so far: {self.failed}.")
 
     def _place(self) -> dict[str, Any]:
         layout = self._layout

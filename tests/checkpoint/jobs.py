@@ -85,27 +85,23 @@ def no_copies(ranks: int, out: str):
 
 
 def failing_saves(ranks: int, out: str, overrides: list[str], full: list[int]):
-    """A run whose disk is full (a planted OSError on the last rank) at the saves of these steps."""
-    trainer = trainer_of(ranks, out, ["checkpoint.every=1", *overrides])
-    said, original, now = [], files.write_bytes, [0]
-    real_save = trainer.saving.save
+    """A run in which the last rank's disk is full (a planted error) at these saves: (why it failed, saves that failed)."""
+    trainer = trainer_of(ranks, out, overrides)
+    write, start = files.write_bytes, trainer.saving._saver.start
 
-    def save(step):
-        now[0] = step
-        real_save(step)
-
-    def write(descriptor, data):
-        if now[0] in full and trainer.mesh.get_rank() == ranks - 1:
+    def planted(step, *rest):
+        def full_disk(descriptor, data):
             raise OSError(28, "No space left on device")
-        original(descriptor, data)
 
-    trainer.saving.save, files.write_bytes = save, write
-    trainer._say, real_print = said.append, None
+        files.write_bytes = full_disk if step in full and trainer.mesh.get_rank() == ranks - 1 else write
+        start(step, *rest)
+
+    trainer.saving._saver.start = planted
     reason = ""
     try:
         trainer.train()
     except Failed as failure:
         reason = str(failure)
     finally:
-        files.write_bytes = original
+        files.write_bytes = write
     return reason, trainer.saving.failed

@@ -64,7 +64,8 @@ def small_disk(tmp_path):
     mount = shutil.which("mount")
     if os.geteuid() != 0 or mount is None:
         pytest.skip("mounting a small disk needs root")
-    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True, text=True, check=False)
+    command = [mount, "-t", "tmpfs", "-o", "size=3m", "tmpfs", place]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
     yield place

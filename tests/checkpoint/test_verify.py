@@ -111,7 +111,8 @@ def extra_folder(draw, folder, name):
 
 def traversal(draw, folder, name):
     """A manifest with a right digest of its own that leads out of the folder, to the right bytes."""
-    target = draw.choice(["../outside.safetensors", "/tmp/outside", "a/../b", "..", "sub\\file", "weights-0-of-1.safetensors/.."])
+    names = ["../outside.safetensors", "/tmp/outside", "a/../b", "..", "sub\\file", "weights-0-of-1.safetensors/.."]
+    target = draw.choice(names)
     shutil.copy(folder / FILES[5], folder.parent / "outside.safetensors")
     rewrite(folder, lambda content: content["files"].update({target: content["files"][FILES[5]]}))
     return ("manifest.json",)

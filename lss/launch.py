@@ -122,7 +122,7 @@ def _agent_class() -> Any:
                 self._send(signal.SIGKILL, self._ranks())
             elif self._signals.take_save():
                 self._send(signal.SIGUSR1, self._ranks()[:1])
-            result = super()._monitor_workers(worker_group)
+            result = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
             if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
                 if stop or any(failure.exitcode in FINAL for failure in result.failures.values()):
                     self._remaining_restarts = 0

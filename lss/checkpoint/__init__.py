@@ -1,6 +1,21 @@
-"""Checkpoints: safetensors and JSON, whole tensors, written aside and moved into place."""
+"""Checkpoints: safetensors and JSON, sharded over the ranks that write, read into any layout."""
 
-from lss.checkpoint.load import find_checkpoint, load_checkpoint, read_state, read_weights
-from lss.checkpoint.save import save_checkpoint
+from lss.checkpoint.find import agree_on_checkpoint, check_together, find_checkpoint, probe_shared, saved_steps
+from lss.checkpoint.load import load_checkpoint, read_weights
+from lss.checkpoint.manifest import Checkpoint, open_checkpoint, verify
+from lss.checkpoint.save import Outcome, Saver
 
-__all__ = ["find_checkpoint", "load_checkpoint", "read_state", "read_weights", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Outcome",
+    "Saver",
+    "agree_on_checkpoint",
+    "check_together",
+    "find_checkpoint",
+    "load_checkpoint",
+    "open_checkpoint",
+    "probe_shared",
+    "read_weights",
+    "saved_steps",
+    "verify",
+]

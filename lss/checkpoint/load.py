@@ -1,91 +1,115 @@
-"""Reading a checkpoint, into any layout."""
+"""Reading a checkpoint, into any layout: each rank reads the boxes that it holds and no others."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lss.checkpoint.layout import TensorLayout
+from lss.checkpoint.files import DTYPES, NAMES
+from lss.checkpoint.layout import TensorLayout, local_of
+from lss.checkpoint.manifest import Checkpoint
 from lss.config.errors import Refused, refuse
-
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in a run's `checkpoints` folder; None where there is none."""
-    found = [p for p in folder.glob("step_*") if p.name[5:].isdigit()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+from lss.segment import Piece, overlap, whole_piece
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint.
+class _Reader(ExitStack):
+    """A checkpoint's open files."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self._checkpoint, self._files = checkpoint, {}
+
+    def fill(self, target: torch.Tensor, entry: dict[str, Any], pieces: Sequence[Piece]) -> None:
+        """Read a tensor's elements into the places that `pieces` gives them in `target`."""
+        for stored in entry["pieces"]:
+            for piece in pieces:
+                met = overlap(tuple(stored["at"]), tuple(stored["size"]), piece)
+                if met is not None:
+                    target[met[1]] = self._read(stored["file"], stored["key"], met[0])
+
+    def _read(self, name: str, key: str, box: tuple[slice, ...]) -> torch.Tensor:
+        path = self._checkpoint.path / name
+        try:
+            if name not in self._files:
+                self._files[name] = self.enter_context(safe_open(path, framework="pt"))
+            return self._files[name].get_slice(key)[box] if box else self._files[name].get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise Refused(f"{path}: damaged or unreadable ({error}).") from error
+
+
+def read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """All parameters, whole, by name."""
+    weights = {}
+    with _Reader(checkpoint) as reader:
+        for name, entry in checkpoint.tensors("weights").items():
+            shape = tuple(entry["shape"])
+            weights[name] = torch.empty(shape, dtype=DTYPES[entry["dtype"]])
+            reader.fill(weights[name], entry, [whole_piece(shape)])
+    return weights
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, layout: TensorLayout
+) -> dict[str, Any]:
+    """Load weights and optimizer state into a model, each rank its part by `layout`; returns what state.json holds.
+
+    Everything is compared before anything is loaded, so that a refusal leaves the model as it was.
 
     Raises:
-        Refused: not a checkpoint, a file is missing, or the JSON is damaged.
+        Refused: it does not fit this model or optimizer.
     """
-    missing = [name for name in FILES if not (path / name).is_file()]
-    if missing:
-        raise Refused(f"{path}: not a checkpoint, {missing[0]} is missing; give a folder such as RUN/checkpoints/step_100.")
-    try:
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path / 'state.json'}: damaged ({error}).") from error
-    if not isinstance(state, dict) or state.get("format") != 1 or not isinstance(state.get("step"), int):
-        raise Refused(f"{path / 'state.json'}: not of a format that this version reads (format 1).")
+    state, path = checkpoint.read_state(), checkpoint.path
+    if state["optimizer"] != type(optimizer).__name__:
+        raise refuse("optim.name", type(optimizer).__name__.lower(), f"{path} was saved with {state['optimizer'].lower()}")
+    weights, parameters = checkpoint.tensors("weights"), dict(model.named_parameters())
+    if parameters.keys() != weights.keys():
+        odd = sorted(parameters.keys() ^ weights.keys())[0]
+        raise Refused(f"{path}: its parameters are not this model's; {odd} is in one of them only.")
+    states: dict[str, dict[str, Any]] = {name: {} for name in parameters}
+    for entries in (checkpoint.tensors("optimizer"), state["optimizer_scalars"]):
+        for title, entry in entries.items():
+            name, _, key = title.rpartition("/")
+            states.setdefault(name, {})[key] = entry
+    for name, parameter in parameters.items():
+        for entry in (weights[name], *(e for e in states[name].values() if isinstance(e, dict))):
+            _refuse_misfit(checkpoint, name, entry, layout.whole_shape(name), parameter.dtype)
+    with _Reader(checkpoint) as reader, torch.no_grad():
+        for name, parameter in parameters.items():
+            _fill(parameter, reader, weights[name], layout.pieces(name))
+            loaded: dict[str, torch.Tensor] = {}
+            for key, entry in states[name].items():
+                if isinstance(entry, dict):
+                    loaded[key] = torch.zeros_like(parameter, requires_grad=False)
+                    _fill(loaded[key], reader, entry, layout.pieces(name))
+                else:
+                    loaded[key] = torch.tensor(float(entry), device=_scalar_device(optimizer, parameter))
+            if loaded:
+                optimizer.state[parameter] = loaded
     return state
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All parameters, whole, by name."""
-    return _read(path / "model.safetensors")
+def _refuse_misfit(
+    checkpoint: Checkpoint, name: str, entry: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    if tuple(entry["shape"]) != shape:
+        raise refuse(name, tuple(entry["shape"]), f"{checkpoint.path} does not fit this model, which has {shape}")
+    if DTYPES[entry["dtype"]] != dtype:
+        fit = f"{checkpoint.path} does not fit this run, whose train.dtype keeps it in {NAMES[dtype]}"
+        raise refuse(name, entry["dtype"], fit)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, layout: TensorLayout) -> int:
-    """Load weights and optimizer state into a model, each rank its part by `layout`; returns the step.
-
-    Raises:
-        Refused: a file is missing or damaged, or does not fit this model or optimizer.
-    """
-    state = read_state(path)
-    if state["optimizer"] != type(optimizer).__name__:
-        raise refuse("optim.name", type(optimizer).__name__.lower(), f"{path} was saved with {state['optimizer'].lower()}")
-    weights, states = read_weights(path), _read(path / "optimizer.safetensors")
-    names = [name for name, _ in model.named_parameters()]
-    if set(names) != set(weights):
-        odd = sorted(set(names) ^ set(weights))[0]
-        raise Refused(f"{path}: its parameters are not this model's; {odd} is in one of them only.")
-    for name, parameter in model.named_parameters():
-        part = layout.part(name, weights[name])
-        if part.shape != parameter.shape:
-            fit = f"{path} does not fit this model, which has {tuple(parameter.shape)}"
-            raise refuse(name, tuple(weights[name].shape), fit)
-        with torch.no_grad():
-            parameter.copy_(part)
-        entries: dict[str, torch.Tensor] = {}
-        for full_name, tensor in states.items():
-            if full_name.rpartition("/")[0] == name:
-                entries[full_name.rpartition("/")[2]] = layout.part(name, tensor).to(parameter.device)
-        for full_name, value in state["optimizer_scalars"].items():
-            if full_name.rpartition("/")[0] == name:
-                entries[full_name.rpartition("/")[2]] = torch.tensor(value, device=_scalar_device(optimizer, parameter))
-        if entries:
-            optimizer.state[parameter] = entries
-    return state["step"]
+def _fill(tensor: torch.Tensor, reader: _Reader, entry: dict[str, Any], pieces: Sequence[Piece]) -> None:
+    part = local_of(tensor)
+    host = torch.zeros(part.shape, dtype=part.dtype)  # padding rows, which no file has, are 0
+    reader.fill(host, entry, pieces)
+    part.copy_(host)
 
 
 def _scalar_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:
     # the fused optimizer counts its steps on the parameter's device, the others on the CPU
     return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise Refused(f"{path}: damaged or unreadable ({error}).") from error

@@ -1,104 +1,246 @@
-"""Writing a checkpoint: `step_N/` with model.safetensors, optimizer.safetensors and state.json.
+"""Writing checkpoints: every rank its share, aside, and a name only for what is whole.
 
-Parameters are written whole, under the names of the plain model and without padding rows, so that any layout can load
-them. The folder is written under another name, flushed to disk and renamed: a folder called `step_N` is complete.
+A save is begun and then waited for. Beginning copies the tensors to host memory that is the save's own; a thread then
+writes, hashes and flushes them, agrees with the other ranks' and commits. A synchronous save is one waited for at once.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from lss.checkpoint.layout import TensorLayout
-from lss.config.errors import Refused
+from lss.checkpoint.files import NAMES, flush_folder, write_file, write_tensors
+from lss.checkpoint.find import commit, prune, remove_leftovers, writing_folder
+from lss.checkpoint.layout import TensorLayout, local_of, written_pieces
+from lss.checkpoint.manifest import FORMAT, KINDS, MANIFEST, STATE, render, tensor_file, tensor_key
+from lss.comm import Control
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    layout: TensorLayout,
-    *,
-    facts: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Save a model and its optimizer as `folder/step_N`; the first rank writes, all ranks must call.
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended, the same on every rank.
+
+    Attributes:
+        step: the step saved.
+        path: its folder.
+        reason: why it could not be saved, one sentence; "" where it could.
+        lost: the ranks could not agree any more; this rank alone may know of it.
+    """
+
+    step: int
+    path: Path
+    reason: str = ""
+    lost: bool = False
+
+
+@dataclass
+class _Job:
+    """What one save writes: tensors of the host by their names in the file, what the manifest says of them, the state."""
+
+    step: int
+    tensors: dict[str, dict[str, torch.Tensor]]
+    entries: dict[str, dict[str, dict[str, Any]]]
+    state: dict[str, Any]
+    ready: Any = None  # on a GPU: when the copies have come
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of this rank's tensors."""
+        return sum(t.numel() * t.element_size() for kind in self.tensors.values() for t in kind.values())
+
+
+class Saver:
+    """Saves a model and its optimizer into a run's `checkpoints` folder, sharded over the ranks. All ranks call alike.
 
     Args:
+        folder: where `step_N` and `latest` go.
         layout: how the model lies on the ranks.
-        facts: JSON values stored beside step and optimizer settings: config, versions.
-        keep: how many of the newest checkpoints stay; older ones are removed after this one is complete.
+        control: what the ranks agree over; the saver's own, since its thread calls it.
+        keep: how many of the newest saves stay; older ones go after a newer one is complete.
+        keep_every: saves of steps that this divides stay for ever; 0 for none.
+        background: copy in `start` and write while the caller goes on. Without it a host's tensors are written from where
+            they lie, and `start` must be followed by `wait` before they change.
 
-    Raises:
-        Refused: the folder cannot be written; on every rank, and earlier checkpoints are left as they were.
-
-    Collectives: one all-gather per cut parameter and state, and one all-reduce of the outcome.
+    Memory: in the background, this rank's share in host memory (pinned for a GPU's), kept from save to save.
     """
-    weights = {name: layout.whole(name, parameter.detach()) for name, parameter in model.named_parameters()}
-    states, scalars = _optimizer_tensors(model, optimizer, layout)
-    path, reason = folder / f"step_{step}", ""
-    if torch.distributed.get_rank() == 0:
-        name = type(optimizer).__name__
-        state = {"format": 1, "step": step, "optimizer": name, "optimizer_scalars": scalars, **facts}
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: TensorLayout,
+        control: Control,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        background: bool = False,
+    ) -> None:
+        self.folder, self._layout, self._control = folder, layout, control
+        self._keep, self._keep_every, self._background = keep, keep_every, background
+        self._held: dict[str, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
+
+    def start(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Begin to save as `step_N` what model and optimizer hold now.
+
+        Args:
+            state: JSON values stored in state.json, the first rank's beside step and optimizer. `rank` in it is gathered:
+                each rank's under `ranks`.
+
+        Collectives: none here; the thread gathers four texts over `control`.
+        """
+        assert self._thread is None, "the save before has not been waited for"
+        job = self._collect(step, model, optimizer, dict(state))
+        self._outcome = None
+        # a daemon: a run that fails must not wait for a save that cannot end
+        self._thread = threading.Thread(target=self._run, args=(job,), name=f"save of step {step}", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """Wait for the save under way; returns how it ended, None where there is none or time is up."""
+        if self._thread is None:
+            return None
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            return None
+        self._thread = None
+        return self._outcome
+
+    # -- what is saved -----------------------------------------------------------------------------------------------
+
+    def _collect(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> _Job:
+        parameters = list(model.named_parameters())
+        shares = written_pieces(parameters, self._layout, self._control.rank)
+        job, scalars = _Job(step, {k: {} for k in KINDS}, {k: {} for k in KINDS}, state), {}
+        for name, parameter in parameters:
+            part = local_of(parameter)
+            tensors = {("weights", name): part}
+            for key, value in optimizer.state.get(parameter, {}).items():
+                value = local_of(value) if torch.is_tensor(value) else value
+                if torch.is_tensor(value) and value.dim() > 0 and value.shape == part.shape:
+                    tensors["optimizer", f"{name}/{key}"] = value
+                else:
+                    scalars[f"{name}/{key}"] = float(value)
+            for (kind, title), tensor in tensors.items():
+                self._add(job, kind, title, tensor, self._layout.whole_shape(name), shares.get(name, ()))
+        job.state |= {"optimizer": type(optimizer).__name__, "optimizer_scalars": scalars}
+        if any(t.is_cuda for t in self._held.values()) or next(model.parameters()).is_cuda:
+            job.ready = torch.cuda.Event()
+            job.ready.record()
+        return job
+
+    def _add(self, job: _Job, kind: str, title: str, tensor: torch.Tensor, shape: tuple[int, ...], pieces: Any) -> None:
+        for piece in pieces:
+            key = tensor_key(title, shape, piece.at, piece.size)
+            entry = job.entries[kind].setdefault(title, {"dtype": NAMES[tensor.dtype], "shape": list(shape), "pieces": []})
+            file = tensor_file(kind, self._control.rank, self._control.size)
+            entry["pieces"].append({"file": file, "key": key, "at": list(piece.at), "size": list(piece.size)})
+            job.tensors[kind][key] = self._host(f"{kind} {key}", tensor[piece.slices()])
+
+    def _host(self, place: str, box: torch.Tensor) -> torch.Tensor:
+        """The values of now, in host memory."""
+        if not self._background and not box.is_cuda:
+            return box
+        held = self._held.get(place)
+        if held is None or held.shape != box.shape or held.dtype != box.dtype:
+            held = torch.empty(box.shape, dtype=box.dtype, pin_memory=box.is_cuda)
+            self._held[place] = held
+        # on a GPU in the order of its stream, so that the next update comes after
+        held.copy_(box, non_blocking=True)
+        return held
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def _run(self, job: _Job) -> None:
+        path = self.folder / f"step_{job.step}"
         try:
-            _write(path, weights, states, state)
-            _prune(folder, keep)
-        except OSError as error:
-            reason = str(error)
-    failed = torch.tensor([float(bool(reason))], device=next(model.parameters()).device)
-    if layout.all.all_reduce(failed, "save outcome").wait().item():
-        raise Refused(f"{path}: the checkpoint could not be written ({reason or 'see rank 0'}); free space or choose "
-                      "another --out.")  # fmt: skip
-    return path
+            if job.ready is not None:
+                job.ready.synchronize()
+            self._outcome = Outcome(job.step, path, self._save(job, path))
+        except Exception as error:  # what the others' end does to a gather has many types
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = f"{path}: the checkpoint was not saved, the ranks lost one another ({why})."
+            self._outcome = Outcome(job.step, path, reason, lost=True)
+
+    def _save(self, job: _Job, path: Path) -> str:
+        """Write and agree; returns why it failed, "" where it did not. Every rank makes the same gathers."""
+        first, reason, free = self._control.rank == 0, "", 0
+        if first:
+            try:
+                free = _prepare(path)
+            except Exception as error:
+                reason = _why(error)
+        told = self._gather({"reason": reason, "bytes": job.bytes, "free": free})
+        needed, free, reason = sum(one["bytes"] for one in told), told[0]["free"], told[0]["reason"]
+        files: dict[str, Any] = {}
+        if not reason:
+            try:
+                files = self._write(job, writing_folder(path))
+            except Exception as error:
+                reason = _why(error)
+        told = self._gather({"reason": reason, "files": files, "tensors": job.entries, "rank": job.state.pop("rank", None)})
+        reason = next((one["reason"] for one in told if one["reason"]), "")
+        if first and not reason:
+            try:
+                self._commit(job, path, told)
+            except Exception as error:
+                reason = _why(error)
+        if first and reason:
+            # it must not hold the space that the next try needs
+            shutil.rmtree(writing_folder(path), ignore_errors=True)
+        reason = self._gather({"reason": reason})[0]["reason"]
+        if not reason:
+            return ""
+        return (f"{path}: the checkpoint could not be written ({reason}); it needs {needed:,} bytes and {free:,} were free, "
+                "and earlier checkpoints are as they were.")  # fmt: skip
+
+    def _gather(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        return [json.loads(text) for text in self._control.gather(json.dumps(mine))]
+
+    def _write(self, job: _Job, aside: Path) -> dict[str, Any]:
+        files = {}
+        for kind, tensors in job.tensors.items():
+            if tensors:
+                name = tensor_file(kind, self._control.rank, self._control.size)
+                size, digest = write_tensors(aside / name, tensors)
+                files[name] = {"bytes": size, "sha256": digest}
+        return files
+
+    def _commit(self, job: _Job, path: Path, told: list[dict[str, Any]]) -> None:
+        aside = writing_folder(path)
+        state = {"format": FORMAT, "step": job.step} | job.state | {"ranks": [one["rank"] for one in told]}
+        size, digest = write_file(aside / STATE, json.dumps(state, indent=1).encode() + b"\n")
+        files = {STATE: {"bytes": size, "sha256": digest}}
+        tensors: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+        for one in told:
+            files |= one["files"]
+            for kind in KINDS:
+                for title, entry in one["tensors"][kind].items():
+                    known = tensors[kind].setdefault(title, entry | {"pieces": []})
+                    known["pieces"] = known["pieces"] + entry["pieces"]
+        content = {"format": FORMAT, "step": job.step, "world": self._control.size, "files": files, "tensors": tensors}
+        write_file(aside / MANIFEST, render(content))
+        commit(path)
+        prune(self.folder, self._keep, self._keep_every)
 
 
-def _optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, layout: TensorLayout
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Whole state tensors under "parameter/state", and the scalars (step counts) beside them."""
-    tensors, scalars = {}, {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if torch.is_tensor(value) and value.dim() > 0:
-                tensors[f"{name}/{key}"] = layout.whole(name, value)
-            else:
-                scalars[f"{name}/{key}"] = float(value)
-    return tensors, scalars
-
-
-def _write(path: Path, weights: dict, states: dict, state: dict[str, Any]) -> None:
+def _prepare(path: Path) -> int:
+    """Make the folder to write into; returns the bytes free for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    save_file({name: t.contiguous().cpu() for name, t in weights.items()}, aside / "model.safetensors")
-    save_file({name: t.contiguous().cpu() for name, t in states.items()}, aside / "optimizer.safetensors")
-    (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    for file in (*aside.iterdir(), aside):
-        _flush(file)
-    if path.exists():
-        shutil.rmtree(path)  # the same step again, after a resume from an earlier one
-    aside.rename(path)
-    _flush(path.parent)
+    remove_leftovers(path.parent)
+    free = shutil.disk_usage(path.parent).free
+    writing_folder(path).mkdir()
+    flush_folder(path.parent)
+    return free
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _prune(folder: Path, keep: int) -> None:
-    steps = sorted(int(p.name[5:]) for p in folder.glob("step_*") if p.name[5:].isdigit())
-    for step in steps[:-keep]:
-        shutil.rmtree(folder / f"step_{step}")
+def _why(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"

@@ -16,7 +16,7 @@ from lss.cli.bench_options import add_bench
 from lss.config.errors import Failed, Refused, Stopped, refuse
 from lss.train.signals import Signals, is_first_rank
 
-VERBS = ("train", "check", "bench", "data", "export", "report")
+VERBS = ("train", "check", "bench", "data", "export", "verify", "report")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300")
     export.add_argument("-o", "--output", required=True, metavar="FILE", help="the safetensors file to write")
     export.add_argument("--format", default="safetensors", help="safetensors")
+
+    verify = verbs.add_parser("verify", help="check every byte of a checkpoint")
+    verify.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300, or a run's")
 
     report = verbs.add_parser("report", help="make one HTML page of one or more runs")
     report.add_argument("folders", nargs="+", metavar="DIR", help="run folders")
@@ -141,6 +144,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         from lss.cli.export import export
 
         return export(options)
+    if options.verb == "verify":
+        from lss.cli.verify import verify
+
+        return verify(options)
     from lss.cli.report import report
 
     return report(options)

@@ -32,8 +32,8 @@ def _refuse_early(config: Config, out: Path) -> None:
     from lss.data.loader import EvalLoader, Loader
     from lss.data.sources import ByteCorpus
     from lss.segment import make_segment
+    from lss.train.saving import find_resumable
     from lss.train.steps import loader_kind
-    from lss.train.trainer import find_resumable
 
     find_resumable(config, out)
     if out.exists() and not out.is_dir():
@@ -54,7 +54,6 @@ def _train(config: Config, out: Path, signals: Signals) -> int:
 
     import torch
 
-    from lss.checkpoint import find_checkpoint
     from lss.comm import Watch
     from lss.mesh import close, init_mesh
     from lss.train.stopping import newest_words
@@ -70,7 +69,7 @@ def _train(config: Config, out: Path, signals: Signals) -> int:
     timeout = timedelta(seconds=config.train.timeout + 5)
     mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp, timeout=timeout)
     try:
-        newest = partial(newest_words, lambda: find_checkpoint(out / "checkpoints"))
+        newest = partial(newest_words, out / "checkpoints")
         with Watch(mesh, config.train.timeout, newest) as watch:
             signals.before_leaving = lambda name, code: watch.leave("stopped", name, code)
             try:

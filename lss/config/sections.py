@@ -235,6 +235,7 @@ class TrainConfig:
                           "than any save", low=1)  # fmt: skip
     max_bad_steps: int = _key(10, int, "steps in a row with a loss or gradient that is not finite, which all ranks skip, "
                               "after which the run fails", low=1)  # fmt: skip
+    log_samples: bool = _key(False, bool, "write the samples that each step read to samples.jsonl")
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,14 @@ class CheckpointConfig:
 
     every: int = _key(0, int, "steps between saves; the last step is always saved", low=0)
     keep: int = _key(3, int, "newest saves that stay", low=1)
+    keep_every: int = _key(0, int, "saves of every step that this divides stay for ever; 0 = off", low=0)
+    background: bool = _key(False, bool, "write saves while training goes on; takes host memory for a copy of each rank's "
+                            "share")  # fmt: skip
     resume: str = _key("auto", str, "auto: go on from the folder's newest save", choices=("auto", "never"))
+    fallback: bool = _key(False, bool, "where the newest save is damaged, take the next older good one instead of refusing")
+    on_error: str = _key("stop", str, "what a save that fails does: end the run, or be told of and counted; the last one "
+                         "always ends it with status 1", choices=("stop", "continue"))  # fmt: skip
+
 
 
 SECTIONS: dict[str, type] = {

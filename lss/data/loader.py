@@ -7,7 +7,7 @@ layout sees the same sequences in the same steps, before and after a resume.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Unpack
+from typing import TypedDict, Unpack
 
 from lss.config.errors import refuse
 from lss.data.permutation import permute
@@ -15,9 +15,17 @@ from lss.data.reader import Batch, Kind, Reader
 from lss.data.sources import Split
 from lss.segment import Segment
 
-__all__ = ["Batch", "EvalLoader", "Loader"]
+__all__ = ["Batch", "EvalLoader", "Loader", "LoaderState"]
 
 _ONE_ROW = "packed sequences come one at a time: one row per micro-batch and dp rank, since documents differ by row"
+
+
+class LoaderState(TypedDict):
+    """Where a run's data stands: the place of the next sample in the order of an epoch, which `seed` draws."""
+
+    seed: int
+    epoch: int
+    sample: int
 
 
 class Loader(Reader):
@@ -52,6 +60,7 @@ class Loader(Reader):
         assert 0 <= dp_rank < dp, (dp_rank, dp)
         super().__init__(split, seq_len, segment, seed=seed, **kind)
         self.batch_size, self.accumulate, self.dp_rank = batch_size, accumulate, dp_rank
+        self._known = (0, 0)  # after this step, so many samples of all epochs had been read
         self._micro_rows = batch_size // accumulate
         self._rows = self._micro_rows // dp
 
@@ -60,12 +69,34 @@ class Loader(Reader):
         epoch, place = divmod(number, self.samples)
         return permute(place, self.samples, self.seed, epoch)
 
+    def read_before(self, step: int) -> int:
+        """How many samples, of all epochs and by all ranks, the steps before `step` have read."""
+        known_step, known = self._known
+        assert step > known_step, (step, known_step)
+        return known + (step - 1 - known_step) * self.batch_size
+
+    def state(self, step: int) -> LoaderState:
+        """Where the data stands after `step`; the same for any number of ranks."""
+        epoch, sample = divmod(self.read_before(step + 1), self.samples)
+        return {"seed": self.seed, "epoch": epoch, "sample": sample}
+
+    def resume(self, step: int, state: LoaderState) -> None:
+        """Go on after `step` where `state` says, whatever the batch size was before.
+
+        Raises:
+            Refused: the order of samples was drawn by another seed.
+        """
+        if state["seed"] != self.seed:
+            fit = f"the run's order of samples was drawn by seed {state['seed']}; use that one or another --out"
+            raise refuse("train.seed", self.seed, fit)
+        self._known = (step, state["epoch"] * self.samples + state["sample"])
+
     def batch(self, step: int, micro: int) -> Batch:
         """Micro-batch `micro` (from 0) of step `step` (from 1): this rank's rows and tokens."""
         assert step >= 1, step
         assert 0 <= micro < self.accumulate, (micro, self.accumulate)
         first = micro * self._micro_rows + self.dp_rank * self._rows
-        slots, done = range(first, first + self._rows), (step - 1) * self.batch_size
+        slots, done = range(first, first + self._rows), self.read_before(step)
         return self.rows([self.sample(done + slot) for slot in slots], slots, done)
 
 

@@ -30,8 +30,8 @@ class Batch:
             -100 where not counted.
         positions: (T,) int64, global; within its own piece with packed documents.
         slots: (B,) int64, each row's place in the step's global batch; keys dropout.
-        sample_ids: (B,) int64, each row's number in the loader's order of samples: (step - 1) * batch_size + slot in
-            training, where it counts on through the epochs; the slot in evaluation, and -1 for a row of padding.
+        sample_ids: (B,) int64, each row's number in the loader's order of samples: in training so many as were read before
+            the step + slot, counting on through the epochs; the slot in evaluation, and -1 for a row of padding.
         cu_seqlens: int32 (n + 1,), the edges of packed documents in the whole sequence, 0 first and S last.
         segment: how the sequence was cut; loaders always set it.
         source: (B, T_source) int64, this rank's part of the encoder's input; 0 at padding.

@@ -47,6 +47,9 @@ class DiskTier:
             return None
         return _DiskSlot(self, descriptor, nbytes)
 
+    def buffers(self) -> list[torch.Tensor]:
+        return self.staging.buffers()
+
     def staged(self, nbytes: int) -> tuple[torch.Tensor, Event | None]:
         """A buffer to pass through; where all are in use, the threads are waited for, which give theirs back."""
         while (found := self.staging.buffer(nbytes)) is None:
@@ -107,7 +110,7 @@ class _DiskSlot:
 
 def _whole(call: Callable[[int, memoryview, int], int], descriptor: int, buffer: torch.Tensor) -> None:
     """Write or read all of a buffer: one call moves 2 GiB at most."""
-    view, at = memoryview(buffer.numpy()), 0
+    view, at = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
     while at < len(view):
         done = call(descriptor, view[at : at + (1 << 30)], at)
         if done == 0:

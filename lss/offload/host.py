@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from lss.config.errors import Failed
 
-Event = torch.cuda.Event
+Event = Any  # torch.cuda.Event, which torch types in two ways
 
 
 class Slot(Protocol):
@@ -39,6 +39,10 @@ class Tier(Protocol):
 
     def take(self, nbytes: int) -> Slot | None:
         """Room for a tensor of so many bytes; None where there is none left."""
+        ...
+
+    def buffers(self) -> list[torch.Tensor]:
+        """All host memory of it that is free; that in use is its slots'."""
         ...
 
 
@@ -139,7 +143,7 @@ class _HostSlot:
 def _pinned(nbytes: int) -> torch.Tensor:
     """Pinned memory of just this size: torch's own pinned allocator rounds up to a power of two."""
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    runtime = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()
     error = int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0))
     if error:
         raise Failed(

@@ -188,7 +188,10 @@ def _dropped(remembered: tuple[torch.Tensor, ...], offloader: Offloader | None) 
     def unpack(packed: torch.Tensor | Kept | int) -> torch.Tensor:
         if isinstance(packed, int):
             return recall(packed)
-        return packed if offloader is None or isinstance(packed, torch.Tensor) else offloader.restore(packed)
+        if isinstance(packed, torch.Tensor):
+            return packed
+        assert offloader is not None, "who else would have kept it"
+        return offloader.restore(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -36,7 +36,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, last_step: int = 0, tensorboard: bool = True) -> None:
         path = folder / "metrics.jsonl"
         try:
-            _truncate(path, last_step)
+            truncate(path, last_step)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise Refused(f"{path}: cannot be written ({error.strerror}).") from error
@@ -99,13 +99,13 @@ def _parse(data: bytes, path: Path) -> list[tuple[dict[str, Any], bytes]]:
     return rows
 
 
-def _truncate(path: Path, last_step: int) -> None:
+def truncate(path: Path, last_step: int) -> None:
     """Keep the rows up to a step, to the byte, and at once: the new file takes the old one's name when it is whole."""
     data = path.read_bytes() if path.exists() else b""
     # a stop in the middle of a write leaves a last line without its end
     whole = data[: data.rfind(b"\n") + 1]
     kept = b"".join(line + b"\n" for row, line in _parse(whole, path) if row["step"] <= last_step)
-    aside = path.with_name(".metrics.jsonl.writing")
+    aside = path.with_name(f".{path.name}.writing")
     with aside.open("wb") as file:
         file.write(kept)
         file.flush()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from lss.checkpoint import saved_steps
 from lss.comm import control
 from lss.config.errors import Failed, Stopped
 from lss.train.signals import Signals, name_of
@@ -79,7 +79,7 @@ class Stopping:
             )
 
 
-def newest_words(newest: Callable[[], Path | None]) -> str:
-    """What a run that ends unforeseen says of its saves."""
-    path = newest()
-    return "nothing was saved yet" if path is None else f"the newest save is {path.name}"
+def newest_words(folder: Path) -> str:
+    """What a run that ends unforeseen says of its saves, which are in `folder`."""
+    steps = saved_steps(folder)
+    return f"the newest save is step_{steps[0]}" if steps else "nothing was saved yet"

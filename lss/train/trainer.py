@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from lss.comm import DEVICE, Watch
 from lss.config import Config
-from lss.config.errors import refuse
+from lss.config.errors import Failed
 from lss.data.loader import EvalLoader, Loader
 from lss.data.reader import Batch
 from lss.data.sources import ByteCorpus
@@ -31,6 +30,7 @@ from lss.train.console import TrainConsole, make_console
 from lss.train.evaluate import bits_per_byte, evaluate
 from lss.train.metrics import MetricsWriter, peak_memory_bytes
 from lss.train.optim import build_optimizer, learning_rate, set_learning_rate
+from lss.train.saving import SampleLog, Saving
 from lss.train.signals import Signals
 from lss.train.steps import accumulate_gradients, loader_kind, parameter_dtype
 from lss.train.stopping import Stopping
@@ -77,36 +77,6 @@ def matrix_parameters(model: Transformer) -> int:
     return total if model.lm_head is None else total - model.embedding.weight.numel()
 
 
-def find_resumable(config: Config, out: Path) -> Path | None:
-    """The checkpoint that a run of this config in this folder goes on from; None where there is none.
-
-    Raises:
-        Refused: the folder holds a run of another model or other data, or resuming is switched off.
-    """
-    newest = find_checkpoint(out / "checkpoints")
-    if newest is None:
-        return None
-    state = read_state(newest)
-    if config.checkpoint.resume == "never":
-        raise refuse("checkpoint.resume", "never", f"{out} holds a run already; choose another --out or 'auto'")
-    earlier, now = state.get("config", {}), config.to_dict()
-    for section in ("model", "data"):
-        for key, value in now[section].items():
-            before = earlier.get(section, {}).get(key)
-            if before != value:
-                raise refuse(f"{section}.{key}", value, f"{out} holds a run made with {before}; choose another --out")
-    corpus, digest = ByteCorpus(config.data.path), state.get("corpus", {}).get("digest")
-    if digest not in (None, corpus.digest):
-        fit = f"its files are no longer those that the run in {out} has read; restore them or choose another --out"
-        raise refuse("data.path", config.data.path or corpus.name, fit)
-    return newest
-
-
-def _default(section: str, key: str) -> Any:
-    """A key's default: what a run did that was made before there was the key."""
-    return Config().to_dict()[section][key]
-
-
 class Trainer:
     """Trains a config's model on its data.
 
@@ -145,8 +115,13 @@ class Trainer:
         self.loader = self._loader()
         self.first = mesh.get_rank() == 0
         self.matrix_parameters = matrix_parameters(_on_meta(config))
+        self.saving = Saving(
+            config, mesh, out, self.model, self.optimizer, self.layout, self.loader, facts=self.facts, say=self._say
+        )
         self._at(0, "loading the newest save")
-        self.done_steps = self._resume()
+        self.done_steps = self.saving.resume()
+        self.stopping.skipped = self.saving.skipped
+        self.samples: SampleLog | None = None
         self.evaluations: dict[int, float] = {}
 
     # -- before step 1 -----------------------------------------------------------------------------------------------
@@ -179,13 +154,9 @@ class Trainer:
         total -= rows * model.n_layers * S / 2 if causal and not model.windows and not self.config.data.packing else 0
         return model_flops(self.matrix_parameters, model.d_model, S, rows, total)
 
-    def _resume(self) -> int:
-        """Load the folder's newest checkpoint, if there is one; returns its step, else 0."""
-        newest = find_resumable(self.config, self.out)
-        if newest is None:
-            return 0
-        self.stopping.skipped = read_state(newest).get("skipped", 0)
-        return load_checkpoint(newest, self.model, self.optimizer, self.layout)
+    def _say(self, line: str) -> None:
+        if self.first:
+            print(line, flush=True)
 
     def facts(self) -> dict[str, Any]:
         """What a report or a checkpoint tells of this run besides its metrics."""
@@ -213,22 +184,31 @@ class Trainer:
             if self.first:
                 print(f"{self.out} is finished: step {self.done_steps} of {steps}; nothing to do.")
             return {"step": self.done_steps, "loss": math.nan, "eval_loss": math.nan}
+        self.saving.probe()
         console = make_console(self.first, steps, self.done_steps + 1)
         metrics = None
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             self._write_run({})
             metrics = MetricsWriter(self.out, last_step=self.done_steps)
+        if config.train.log_samples:
+            self.samples = SampleLog(self.out, self.mesh, self.loader, last_step=self.done_steps)
+        self.saving.say = console.note
         console.start(self._header())
         row: dict[str, Any] = {}
         try:
             self.stopping.begin(at_once=not config.train.compile)
             for step in range(self.done_steps + 1, steps + 1):
                 row = self._step(step, console, metrics)
+            self.finish_saves()
+        except Failed:
+            self.saving.abandon(seconds=10.0)
+            raise
         finally:
             console.finish()
-            if metrics is not None:
-                metrics.close()
+            for log in (metrics, self.samples):
+                if log is not None:
+                    log.close()
         self._finish(console, row)
         self.stopping.leave(steps, self.out, self.first)
         return row
@@ -250,12 +230,13 @@ class Trainer:
         asked = stopping.agree()
         if asked or step == train.steps or (every and step % every == 0):
             self._at(step, "saving")
-            path = self.save(step)
-            if asked and not stopping.stop and self.first:
+            self.save(step)
+            if asked and not stopping.stop:
+                path = self.saving.prove(step)
                 console.note(f"step {step}/{train.steps}  saved as {path}, as asked by SIGUSR1")
-            stopping.agree_to_stop()  # told meanwhile: the save is done, and the next step may be long
-            if step < train.steps:
-                stopping.leave(step, path, self.first)
+            # told meanwhile: the save is there, and the next step may be long
+            if stopping.agree_to_stop() and step < train.steps:
+                stopping.leave(step, self.saving.prove(step), self.first)
         return row
 
     def train_step(self, step: int) -> dict[str, Any]:
@@ -263,6 +244,8 @@ class Trainer:
         config, started = self.config, time.perf_counter()
         self._at(step, "training")
         batches = [self.loader.batch(step, micro) for micro in range(config.train.accumulate)]
+        if self.samples is not None:
+            self.samples.write(step, batches)
         self.optimizer.zero_grad(set_to_none=True)
         loss, counted = accumulate_gradients(self.model, batches, config, step=step)
         norm = clip_grad_norm_(self.model, config.optim.clip)
@@ -311,10 +294,13 @@ class Trainer:
         """Mean held-out loss in nats per byte; NaN where the ranks have agreed to stop before its end."""
         return evaluate(self.model, self._held_out, self.config, stop=self.stopping.agree_to_stop)
 
-    def save(self, step: int) -> Path:
-        """Write `out/checkpoints/step_N`."""
-        folder, keep = self.out / "checkpoints", self.config.checkpoint.keep
-        return save_checkpoint(folder, step, self.model, self.optimizer, self.layout, facts=self.facts(), keep=keep)
+    def save(self, step: int) -> None:
+        """Write `out/checkpoints/step_N`, unless that step has been saved; see `Saving.save`."""
+        self.saving.save(step)
+
+    def finish_saves(self) -> None:
+        """Wait for the save under way; see `Saving.finish`."""
+        self.saving.finish()
 
     # -- what people see ---------------------------------------------------------------------------------------------
 
@@ -340,7 +326,7 @@ class Trainer:
     def _finish(self, console: Any, row: dict[str, Any]) -> None:
         if not self.first:
             return
-        results = {"step": row["step"], "loss": row["loss"]}
+        results = {"step": row["step"], "loss": row["loss"], "failed_saves": self.saving.failed}
         lines = []
         if "eval_loss" in row:
             results |= {"eval_loss": row["eval_loss"], "bits_per_byte": bits_per_byte(row["eval_loss"])}

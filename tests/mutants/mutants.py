@@ -349,7 +349,39 @@ MUTANTS = (
         "            pass",
         ("tests/distributed/test_symmetric.py::test_documents_windows_and_encoders",),
     ),
+    Mutant(
+        "stale async save: what is written is not copied",
+        "lss/checkpoint/save.py",
+        "if not self._background and not box.is_cuda:",
+        "if True:",
+        ("tests/checkpoint/test_background.py",),
+    ),
+    Mutant(
+        "loader state of rank 0 only",
+        "lss/train/saving.py",
+        'self._loader.resume(newest.step, state["loader"])',
+        'self._control.rank or self._loader.resume(newest.step, state["loader"])',
+        ("tests/train/test_saving.py",),
+    ),
+    Mutant(
+        "a resume reads from the step, not from where the data stood",
+        "lss/data/loader.py",
+        "self._known = (step, state",
+        "self._known = (0, 0) if state else (step, state",
+        ("tests/train/test_saving.py",),
+    ),
+    Mutant(
+        "a damaged save is loaded",
+        "lss/checkpoint/manifest.py",
+        'if hash_file(path) != self.files[name]["sha256"]:',
+        "if False:",
+        ("tests/checkpoint/test_find.py", "tests/checkpoint/test_verify.py"),
+    ),
+    Mutant(
+        "a failed save is known to one rank only",
+        "lss/checkpoint/save.py",
+        'reason = next((one["reason"] for one in told if one["reason"]), "")',
+        'reason = told[self._control.rank]["reason"]',
+        ("tests/checkpoint/test_disk_full.py",),
+    ),
 )
-
-# Of the twelve faults that the suite is to kill, one has no place yet: a stale asynchronous save, since saves are
-# synchronous here.

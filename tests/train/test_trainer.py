@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from lss.checkpoint import verify
 from tests.distributed.pool import pool
 from tests.train.jobs import deterministic_run, train_run
 
@@ -163,12 +164,12 @@ def test_rows_hold_what_is_promised(tmp_path):
     assert [row["tokens_counted"] for row in rows] == [4 * 48] * 3
     assert ["eval_loss" in row for row in rows] == [False, True, True]
     assert rows[0]["loss"] == pytest.approx(5.55, abs=0.1)  # ln 256: it knows nothing yet
-    assert (tmp_path / "checkpoints" / "step_3" / "model.safetensors").is_file()
+    assert verify(tmp_path / "checkpoints" / "step_3").step == 3
 
 
 def test_old_checkpoints_go_and_the_newest_stay(tmp_path):
     run(1, tmp_path, "train.steps=6", "checkpoint.every=1", "checkpoint.keep=2")
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_5", "step_6"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_5", "step_6"]
 
 
 def test_bfloat16_trains_close_to_float32(tmp_path):

@@ -1,0 +1,127 @@
+"""What checksums cost a save, and how long a background save holds up training: `python benchmarks/checkpoint.py`.
+
+One process, about 1 GB of float32 weights and optimizer states by default. Three ways in turn, the median of several
+rounds: the same save without digests, with them, and in the background, where the stall is the time that `start` takes.
+Every save ends in fsync, so that what is timed is the disk and not the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import lss
+import lss.checkpoint.files as files
+import lss.checkpoint.save as save
+from lss.checkpoint import Saver
+from lss.comm import control
+from lss.segment import whole_piece
+
+
+class NoDigest:
+    """In place of SHA-256."""
+
+    def update(self, data) -> None:
+        """Nothing."""
+
+    def hexdigest(self) -> str:
+        """A digest of the right form."""
+        return "0" * 64
+
+
+class Alone:
+    """One rank holds everything."""
+
+    def __init__(self, mesh, model) -> None:
+        self.mesh, self.shapes = mesh, {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    def whole_shape(self, name):
+        return self.shapes[name]
+
+    def pieces(self, name):
+        return (whole_piece(self.shapes[name]),)
+
+    def holders(self, name):
+        return (0,)
+
+
+def main() -> None:
+    """Measure and append one row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mib", type=int, default=1024, help="size of a save (default 1024)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", help="where to write (default: a temporary folder)")
+    parser.add_argument("--output", default="benchmarks/results/checkpoint-cpu.jsonl")
+    options = parser.parse_args()
+    side = 1024
+    model = nn.ParameterList(nn.Parameter(torch.randn(side, side)) for _ in range(options.mib * 2**20 // (12 * side * side)))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    mesh = lss.init_mesh()
+    place = Path(tempfile.mkdtemp(dir=options.folder))
+    plain = files.write_tensors
+    kinds: dict[str, list[float]] = {
+        kind: [] for kind in ("plain", "digest", "background_stall", "background_whole", "hash_alone")
+    }
+    savers = {
+        background: Saver(place, Alone(mesh, model), control(mesh, str(background)), keep=1, background=background)
+        for background in (False, True)
+    }
+    step = 0
+
+    def timed(background: bool) -> tuple[float, float]:
+        nonlocal step
+        step += 1
+        os.sync()
+        began = time.perf_counter()
+        savers[background].start(step, model, optimizer, {})
+        stalled = time.perf_counter() - began
+        outcome = savers[background].wait()
+        assert outcome is not None
+        assert not outcome.reason, outcome
+        return stalled, time.perf_counter() - began
+
+    for number in range(options.rounds + 1):
+        save.write_tensors = lambda path, tensors: plain(path, tensors, NoDigest)
+        without = timed(False)[1]
+        save.write_tensors = plain
+        with_digest = timed(False)[1]
+        stall, whole = timed(True)
+        began = time.perf_counter()
+        for file in sorted((place / f"step_{step}").glob("*.safetensors")):
+            files.hash_file(file)
+        alone = time.perf_counter() - began
+        if number:  # the first round makes the host buffers and warms the disk
+            for kind, value in zip(kinds, (without, with_digest, stall, whole, alone), strict=True):
+                kinds[kind].append(value)
+    size = sum(path.stat().st_size for path in (place / f"step_{step}").iterdir())
+    shutil.rmtree(place)
+    middle = {f"{kind}_s": round(statistics.median(values), 4) for kind, values in kinds.items()}
+    pairs = [d / p - 1 for d, p in zip(kinds["digest"], kinds["plain"], strict=True)]
+    row = {
+        "bench": "checkpoint", "bytes": size, "rounds": options.rounds, **middle,
+        "spread_plain_s": [round(min(kinds["plain"]), 4), round(max(kinds["plain"]), 4)],
+        "checksum_share": round(middle["digest_s"] / middle["plain_s"] - 1, 4),
+        "checksum_share_of_pairs": round(statistics.median(pairs), 4),
+        "stall_share": round(middle["background_stall_s"] / middle["digest_s"], 4),
+        "cpu": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "torch": torch.__version__,
+    }  # fmt: skip
+    print(json.dumps(row, indent=1))
+    with Path(options.output).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

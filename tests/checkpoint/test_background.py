@@ -1,0 +1,27 @@
+"""Saves that are written while training goes on hold the values of their own step."""
+
+from __future__ import annotations
+
+import torch
+
+from lss.checkpoint import read_weights, verify
+from tests.checkpoint.jobs import late_save, no_copies
+from tests.distributed.pool import pool
+
+
+def test_a_late_save_holds_the_values_of_its_step(tmp_path):
+    """The writer is slowed down until two more steps are done."""
+    results = pool(2).run(late_save, 2, str(tmp_path / "run"), ["model.positions=learned"])
+    assert all(unfinished for unfinished, _, _ in results), "the writer was not late: the test proves nothing"
+    checkpoint = verify(tmp_path / "run" / "checkpoints" / "step_2")
+    _, then, later = results[0]
+    for name, weight in read_weights(checkpoint).items():
+        assert torch.equal(weight, then[f"weights {name}"]), name
+        assert not torch.equal(weight, later[f"weights {name}"]), name
+    states = checkpoint.tensors("optimizer")
+    assert len(states) == 2 * len(checkpoint.tensors("weights"))
+    assert checkpoint.read_state()["loader"] == {"seed": 0, "epoch": 0, "sample": 8}
+
+
+def test_a_synchronous_save_copies_nothing(tmp_path):
+    assert pool(2).run(no_copies, 2, str(tmp_path / "run")) == [True, True]

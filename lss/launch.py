@@ -22,14 +22,18 @@ def launch_local(nproc: int, arguments: Sequence[str]) -> int:
     # imported here: every command would pay for it at start, and one uses it
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from lss.one_host import one_host
+
+    rendezvous_handler_registry.register("lss", one_host)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
+        rdzv_backend="lss",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,

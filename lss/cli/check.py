@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from lss.cli.main import split_config
-from lss.cli.ranks import must_launch, planned_ranks, read_config, share_cores, without_nproc
+from lss.cli.ranks import (
+    must_launch,
+    planned_ranks,
+    read_config,
+    rendezvous_timeout,
+    share_cores,
+    told_once,
+    without_nproc,
+)
 from lss.config import Config
 
 if TYPE_CHECKING:
@@ -16,23 +25,26 @@ if TYPE_CHECKING:
 def check(options: argparse.Namespace, arguments: list[str]) -> int:
     """Check as one rank, or start the ranks that do; 1 where anything differs beyond the dtype's bound."""
     path, overrides = split_config(options.config)
-    config = read_config(path, overrides, planned_ranks(options.nproc))
+    rendezvous, ranks = rendezvous_timeout(options), planned_ranks(options.nproc)
+    with told_once():
+        config = read_config(path, overrides, ranks)
     if must_launch(options.nproc):
         from lss.launch import launch_local
 
         return launch_local(options.nproc, without_nproc(arguments))
-    return _check(config)
+    return _check(config, rendezvous)
 
 
-def _check(config: Config) -> int:
+def _check(config: Config, rendezvous: timedelta) -> int:
     from lss.check import check_config
     from lss.mesh import close, init_mesh
 
     share_cores()
     assert isinstance(config.parallel.cp, int)
-    mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp)
+    mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp, rendezvous=rendezvous)
     try:
-        result = check_config(config, mesh)
+        with told_once(mesh):
+            result = check_config(config, mesh)
         if mesh.get_rank() == 0:
             _print(config, result)
     finally:

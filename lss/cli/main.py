@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from lss.cli.bench_options import add_bench
-from lss.config.errors import Failed, Refused, refuse
+from lss.config.errors import Failed, Refused, SaidElsewhere, refuse
 
 VERBS = ("train", "check", "bench", "data", "export", "report")
 
@@ -66,6 +66,8 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value",
                         help="a config file and overrides such as optim.lr=1e-3")  # fmt: skip
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
+    parser.add_argument("--rendezvous-timeout", type=float, default=60.0, metavar="SECONDS",
+                        help="how long ranks wait for one another at the start (default 60)")  # fmt: skip
 
 
 def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -86,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # intermixed, so that overrides may stand before and after options
         options = _parse(arguments)
         return _run(options, arguments)
+    except SaidElsewhere:
+        return 2
     except Refused as refusal:
         print(f"lss: {refusal}", file=sys.stderr)
         return 2

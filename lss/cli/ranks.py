@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from lss.config import Config, load_config
-from lss.config.errors import refuse
-from lss.mesh import rank_environment
+from lss.config.errors import Refused, SaidElsewhere, refuse
+from lss.meeting import first_to_say, open_store
+from lss.mesh import first_to_refuse, rank_environment
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+# How long a rank that refuses looks for others that may refuse the same.
+HEARING = timedelta(seconds=4)
+LONGEST_WAIT = 86400
 
 
 def planned_ranks(nproc: int | None) -> int:
@@ -44,6 +56,47 @@ def without_nproc(arguments: Sequence[str]) -> list[str]:
         elif not argument.startswith("--nproc="):
             kept.append(argument)
     return kept
+
+
+def rendezvous_timeout(options: argparse.Namespace) -> timedelta:
+    """How long ranks wait for one another at the start."""
+    seconds = options.rendezvous_timeout
+    if not 0 < seconds <= LONGEST_WAIT:
+        raise refuse("--rendezvous-timeout", seconds, f"give seconds, above 0 and at most {LONGEST_WAIT}")
+    return timedelta(seconds=seconds)
+
+
+@contextmanager
+def told_once(mesh: DeviceMesh | None = None) -> Iterator[None]:
+    """Let one rank say what several refuse alike: each passes on the sentence through the store that they meet at.
+
+    Args:
+        mesh: of the ranks, where they have met already.
+
+    Raises:
+        SaidElsewhere: instead of a refusal that another rank has told.
+    """
+    try:
+        yield
+    except SaidElsewhere:
+        raise
+    except Refused as refusal:
+        if _is_mine(str(refusal), mesh):
+            raise
+        raise SaidElsewhere(str(refusal)) from None
+
+
+def _is_mine(text: str, mesh: DeviceMesh | None) -> bool:
+    if mesh is not None:
+        return first_to_refuse(mesh, text)
+    environment = rank_environment()
+    if environment is None or environment.world_size == 1:
+        return True
+    try:
+        store = open_store(environment.place(), HEARING)
+    except Refused:  # there is nobody to hear from, so this rank speaks for itself
+        return True
+    return first_to_say(store, environment.place(), text)
 
 
 def share_cores() -> None:

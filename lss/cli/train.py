@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+from datetime import timedelta
 from pathlib import Path
 
 from lss.cli.main import split_config
-from lss.cli.ranks import must_launch, planned_ranks, read_config, share_cores, without_nproc
+from lss.cli.ranks import (
+    must_launch,
+    planned_ranks,
+    read_config,
+    rendezvous_timeout,
+    share_cores,
+    told_once,
+    without_nproc,
+)
 from lss.config import Config
 from lss.config.errors import Refused, refuse
 
@@ -15,14 +24,16 @@ from lss.config.errors import Refused, refuse
 def train(options: argparse.Namespace, arguments: list[str]) -> int:
     """Train as one rank, or start the ranks that do."""
     path, overrides = split_config(options.config)
-    config = read_config(path, overrides, planned_ranks(options.nproc))
-    out = Path(options.out or f"runs/{config.name}")
-    _refuse_early(config, out)
+    rendezvous, ranks = rendezvous_timeout(options), planned_ranks(options.nproc)
+    with told_once():
+        config = read_config(path, overrides, ranks)
+        out = Path(options.out or f"runs/{config.name}")
+        _refuse_early(config, out)
     if must_launch(options.nproc):
         from lss.launch import launch_local
 
         return launch_local(options.nproc, without_nproc(arguments))
-    return _train(config, out)
+    return _train(config, out, rendezvous)
 
 
 def _refuse_early(config: Config, out: Path) -> None:
@@ -47,7 +58,7 @@ def _refuse_early(config: Config, out: Path) -> None:
         EvalLoader(held_out, samples=train.eval_samples, rows_per_batch=1, **shared, **kind)
 
 
-def _train(config: Config, out: Path) -> int:
+def _train(config: Config, out: Path, rendezvous: timedelta) -> int:
     import torch
 
     from lss.mesh import close, init_mesh
@@ -59,9 +70,10 @@ def _train(config: Config, out: Path) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     assert isinstance(config.parallel.cp, int)
-    mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp)
+    mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp, rendezvous=rendezvous)
     try:
-        Trainer(config, mesh, out, on_end=_report).train()
+        with told_once(mesh):
+            Trainer(config, mesh, out, on_end=_report).train()
     finally:
         close()
     return 0

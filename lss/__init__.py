@@ -4,10 +4,15 @@ The Long Short-Sequence (LSS) Transformer cuts each sequence over ranks: attenti
 fused all-gather a layer and returns their gradients with one fused reduce-scatter. See docs/algorithm.md.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lss.config.errors import Refused
-from lss.context_parallel import attention, cross_entropy, linear_cross_entropy, make_segment, shard, unshard
-from lss.mesh import init_mesh, world_size
-from lss.parallel import clip_grad_norm_, parallelize, sum_gradients
+
+if TYPE_CHECKING:
+    from lss.context_parallel import attention, cross_entropy, linear_cross_entropy, make_segment, shard, unshard
+    from lss.mesh import init_mesh, world_size
+    from lss.parallel import clip_grad_norm_, parallelize, sum_gradients
 
 __version__ = "0.1.0"
 
@@ -25,3 +30,16 @@ __all__ = [
     "unshard",
     "world_size",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's room when it is first asked for: a command that refuses need not wait for torch."""
+    rooms = {
+        "lss.context_parallel": ("attention", "cross_entropy", "linear_cross_entropy", "make_segment", "shard", "unshard"),
+        "lss.mesh": ("init_mesh", "world_size"),
+        "lss.parallel": ("clip_grad_norm_", "parallelize", "sum_gradients"),
+    }
+    for room, names in rooms.items():
+        if name in names:
+            return getattr(import_module(room), name)
+    raise AttributeError(f"module 'lss' has no attribute {name!r}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from lss.cli.early import refuse_data, refuse_options
 from lss.cli.main import split_config
 from lss.cli.ranks import (
     must_launch,
@@ -28,11 +30,21 @@ def check(options: argparse.Namespace, arguments: list[str]) -> int:
     rendezvous, ranks = rendezvous_timeout(options), planned_ranks(options.nproc)
     with told_once():
         config = read_config(path, overrides, ranks)
+        refuse_options(_short(config), options.nproc)
+        refuse_data(_short(config), scan=not must_launch(options.nproc))
     if must_launch(options.nproc):
         from lss.launch import launch_local
 
         return launch_local(options.nproc, without_nproc(arguments))
     return _check(config, rendezvous)
+
+
+def _short(config: Config) -> Config:
+    """The config at the most tokens that a check computes with."""
+    assert isinstance(config.parallel.cp, int)
+    seq_len = min(config.data.seq_len, 64 * config.parallel.cp)
+    share = config.parallel.dp * config.train.accumulate
+    return replace(config, data=replace(config.data, seq_len=seq_len), train=replace(config.train, batch_size=share, eval_every=0))
 
 
 def _check(config: Config, rendezvous: timedelta) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
             near = difflib.get_close_matches(arguments[0], VERBS, n=1)
             raise refuse("VERB", arguments[0], f"unknown; {f'nearest is {near[0]}' if near else 'use ' + ', '.join(VERBS)}")
+        _refuse_threads()
         # intermixed, so that overrides may stand before and after options
         options = _parse(arguments)
         return _run(options, arguments)
@@ -98,6 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _refuse_threads() -> None:
+    """Refuse an OMP_NUM_THREADS that the OpenMP library would complain of, when torch loads it, and pass over."""
+    text = os.environ.get("OMP_NUM_THREADS")
+    if text is None:
+        return
+    if not all(part.strip().isascii() and part.strip().isdigit() and 0 < int(part) < 1 << 16 for part in text.split(",")):
+        raise refuse("OMP_NUM_THREADS", repr(text[:60]), "give a whole number of threads, 1 or more, or unset it")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

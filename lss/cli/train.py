@@ -7,6 +7,7 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
+from lss.cli.early import refuse_data, refuse_folder, refuse_options
 from lss.cli.main import split_config
 from lss.cli.ranks import (
     must_launch,
@@ -18,7 +19,7 @@ from lss.cli.ranks import (
     without_nproc,
 )
 from lss.config import Config
-from lss.config.errors import Refused, refuse
+from lss.config.errors import Refused
 
 
 def train(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -27,8 +28,9 @@ def train(options: argparse.Namespace, arguments: list[str]) -> int:
     rendezvous, ranks = rendezvous_timeout(options), planned_ranks(options.nproc)
     with told_once():
         config = read_config(path, overrides, ranks)
+        refuse_folder(f"runs/{config.name}" if options.out is None else options.out)
         out = Path(options.out or f"runs/{config.name}")
-        _refuse_early(config, out)
+        _refuse_early(config, out, options)
     if must_launch(options.nproc):
         from lss.launch import launch_local
 
@@ -36,26 +38,14 @@ def train(options: argparse.Namespace, arguments: list[str]) -> int:
     return _train(config, out, rendezvous)
 
 
-def _refuse_early(config: Config, out: Path) -> None:
+def _refuse_early(config: Config, out: Path, options: argparse.Namespace) -> None:
     """What can be refused without ranks, so that it is said once."""
-    from lss.data.loader import EvalLoader, Loader
-    from lss.data.sources import ByteCorpus
-    from lss.segment import make_segment
-    from lss.train.steps import loader_kind
     from lss.train.trainer import find_resumable
 
+    refuse_options(config, options.nproc)
     find_resumable(config, out)
-    if out.exists() and not out.is_dir():
-        raise refuse("--out", out, "a file of this name is there; give a folder")
-    train, parallel = config.train, config.parallel
-    training, held_out = ByteCorpus(config.data.path).split(config.data.held_out)
-    assert isinstance(parallel.cp, int)
-    segment = make_segment(config.data.seq_len, cp=parallel.cp, rank=0, order=parallel.order)
-    shared = {"seq_len": config.data.seq_len, "dp": parallel.dp, "dp_rank": 0, "segment": segment}
-    kind = loader_kind(config, None)
-    Loader(training, batch_size=train.batch_size, accumulate=train.accumulate, seed=train.seed, **shared, **kind)
-    if train.eval_every:
-        EvalLoader(held_out, samples=train.eval_samples, rows_per_batch=1, **shared, **kind)
+    # ranks that are started from here share the reading out
+    refuse_data(config, scan=not must_launch(options.nproc))
 
 
 def _train(config: Config, out: Path, rendezvous: timedelta) -> int:

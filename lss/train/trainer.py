@@ -19,15 +19,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from lss.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from lss.config import Config
 from lss.config.errors import Failed, refuse
+from lss.data.corpus import open_corpus
 from lss.data.loader import EvalLoader, Loader
 from lss.data.reader import Batch
-from lss.data.sources import ByteCorpus
 from lss.flops import model_flops, peak_flops
 from lss.model import Transformer
 from lss.parallel import clip_grad_norm_, layout_of, parallelize
 from lss.segment.documents import scores_seen
 from lss.train.console import make_console
-from lss.train.evaluate import bits_per_byte, evaluate
+from lss.train.evaluate import bits, evaluate
 from lss.train.metrics import MetricsWriter, peak_memory_bytes
 from lss.train.optim import build_optimizer, learning_rate, set_learning_rate
 from lss.train.steps import accumulate_gradients, loader_kind, parameter_dtype
@@ -86,10 +86,10 @@ def find_resumable(config: Config, out: Path) -> Path | None:
     earlier, now = state.get("config", {}), config.to_dict()
     for section in ("model", "data"):
         for key, value in now[section].items():
-            before = earlier.get(section, {}).get(key)
+            before = earlier.get(section, {}).get(key, _default(section, key))
             if before != value:
                 raise refuse(f"{section}.{key}", value, f"{out} holds a run made with {before}; choose another --out")
-    corpus, digest = ByteCorpus(config.data.path), state.get("corpus", {}).get("digest")
+    corpus, digest = open_corpus(config), state.get("corpus", {}).get("digest")
     if digest not in (None, corpus.digest):
         fit = f"its files are no longer those that the run in {out} has read; restore them or choose another --out"
         raise refuse("data.path", config.data.path or corpus.name, fit)
@@ -119,7 +119,7 @@ class Trainer:
     ) -> None:
         self.config, self.mesh, self.out, self.on_end = config, mesh, out, on_end
         self.seq_len = config.data.seq_len
-        corpus = ByteCorpus(config.data.path)
+        corpus = open_corpus(config)
         self.train_split, self.held_out_split = corpus.split(config.data.held_out)
         self.corpus = corpus
         self.model = build_model(config, mesh)
@@ -175,7 +175,7 @@ class Trainer:
                          "python": platform.python_version()},
             "mesh": {"dp": self.layout.dp.size, "cp": self.layout.cp.size, "device": _device_name(self.mesh)},
             "parameters": sum(p.numel() for p in _on_meta(self.config).parameters()),
-            "corpus": {"name": self.corpus.name, "bytes": len(self.corpus), "digest": self.corpus.digest},
+            "corpus": {"name": self.corpus.name, self.corpus.unit: len(self.corpus), "digest": self.corpus.digest},
         }  # fmt: skip
 
     # -- the loop ----------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class Trainer:
                 row = self.train_step(step)
                 if config.train.eval_every and (step % config.train.eval_every == 0 or step == steps):
                     row["eval_loss"] = self.evaluate()
-                    console.evaluation(step, row["eval_loss"], bits_per_byte(row["eval_loss"]))
+                    console.evaluation(step, row["eval_loss"], bits(row["eval_loss"]), self.corpus.item)
                 if metrics is not None:
                     metrics.write(row)
                 console.step(row)
@@ -268,7 +268,7 @@ class Trainer:
         )
 
     def evaluate(self) -> float:
-        """Mean held-out loss in nats per byte."""
+        """Mean held-out loss in nats per byte or token."""
         return evaluate(self.model, self._held_out, self.config)
 
     def save(self, step: int) -> Path:
@@ -288,7 +288,7 @@ class Trainer:
             ("mesh", f"dp {layout.dp.size} x cp {layout.cp.size}, strategy {layout.strategy}, order {layout.order}, "
                      f"on {_device_name(self.mesh)}"),
             ("sequence", f"{self.seq_len:,} tokens, {segment.local_len:,} a rank"),
-            ("data", f"{self.corpus.name}: {len(self.corpus):,} bytes in {len(self.corpus.files):,} files"),
+            ("data", f"{self.corpus.name}: {len(self.corpus):,} {self.corpus.unit} in {len(self.corpus.files):,} files"),
             ("run", f"{config.train.steps:,} steps of {config.train.batch_size} sequences in {config.train.dtype}, from "
                     f"step {self.done_steps + 1}"),
             ("folder", str(self.out)),
@@ -303,8 +303,9 @@ class Trainer:
         results = {"step": row["step"], "loss": row["loss"]}
         lines = []
         if "eval_loss" in row:
-            results |= {"eval_loss": row["eval_loss"], "bits_per_byte": bits_per_byte(row["eval_loss"])}
-            lines.append(f"held-out: {results['bits_per_byte']:.2f} bits per byte")
+            held_out = bits(row["eval_loss"])
+            results |= {"eval_loss": row["eval_loss"], f"bits_per_{self.corpus.item}": held_out}
+            lines.append(f"held-out: {held_out:.2f} bits per {self.corpus.item}")
         self._write_run(results)
         console.finish(lines + self.on_end(self.out))
 

@@ -44,7 +44,8 @@ def _short(config: Config) -> Config:
     assert isinstance(config.parallel.cp, int)
     seq_len = min(config.data.seq_len, 64 * config.parallel.cp)
     share = config.parallel.dp * config.train.accumulate
-    return replace(config, data=replace(config.data, seq_len=seq_len), train=replace(config.train, batch_size=share, eval_every=0))
+    train = replace(config.train, batch_size=share, eval_every=0)
+    return replace(config, data=replace(config.data, seq_len=seq_len), train=train)
 
 
 def _check(config: Config, rendezvous: timedelta) -> int:

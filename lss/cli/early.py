@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from lss.config import Config
-from lss.config.errors import refuse
+from lss.config.errors import Refused, refuse
 from lss.mesh import pick_device_type, rank_environment
 
 
@@ -40,12 +41,14 @@ def refuse_folder(out: Path | str) -> None:
         if not above.is_dir():
             what = "a file of this name is there" if above == out else f"{above} is a file"
             raise refuse("--out", out, f"{what}; give a folder")
-        # the longest names below it
-        os.path.lexists(out / "checkpoints" / "metrics.jsonl")
+        with suppress(FileNotFoundError):
+            os.stat(out / "checkpoints" / "step_1000000000" / "manifest.json")  # a name too long, for one
         # asking for permission tells too little: the superuser has it on a read-only disk as well
         with tempfile.TemporaryFile(dir=above) as probe:
             probe.write(b"\0")
             probe.flush()
+    except Refused:
+        raise
     except OSError as error:
         fit = f"cannot be written ({error.strerror}); give a folder on a disk that can"
         raise refuse("--out", _shown(out), fit) from None

@@ -13,8 +13,19 @@ import sys
 from collections.abc import Sequence
 
 from lss.cli.bench_options import add_bench
+from lss.config import LARGEST, show
 from lss.config.errors import Failed, Refused, SaidElsewhere, refuse
 
+# What the numbers among the options may be, lowest and highest.
+RANGES = {
+    "--nproc": (1, 1 << 16),
+    "--rendezvous-timeout": (0.001, 86400),
+    "--seq-len": (1, LARGEST),
+    "--batch": (1, LARGEST),
+    "--repeat": (1, 1 << 20),
+    "--seconds": (0, 86400),
+    "--check-upto": (0, LARGEST),
+}
 VERBS = ("train", "check", "bench", "data", "export", "report")
 
 
@@ -117,6 +128,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     unknown = [a for a in rest if a.startswith("-") or not hasattr(options, "config")]
     if unknown:
         parser.error(f"unrecognized argument {unknown[0]}")
+    for option, (low, high) in RANGES.items():
+        value = getattr(options, option[2:].replace("-", "_"), None)
+        if value is not None and not low <= value <= high:
+            raise refuse(option, show(value), f"give a number from {low} to {high}")
     if rest:
         options.config = [*options.config, *rest]
     return options

@@ -13,18 +13,26 @@ from lss.mesh import pick_device_type, rank_environment
 
 
 def refuse_options(config: Config, nproc: int | None) -> None:
-    """Refuse a model or sequences that this machine cannot hold; what a launcher's ranks hold on GPUs, they say.
+    """Refuse what this machine cannot hold, and a kernel that it cannot run; of GPUs the ranks say it, not their launcher.
 
     Raises:
-        Refused: in the words of `refuse_too_large`.
+        Refused: in the words of `refuse_too_large` and `pick_kernel`.
     """
+    import torch
+
+    from lss.kernels import pick_kernel
     from lss.train.memory import refuse_too_large
+    from lss.train.steps import DTYPES
 
     environment = rank_environment()
     here = environment.local_world_size if environment else nproc or 1
     device_type = pick_device_type(here)
     if device_type == "cpu" or environment or here == 1:
         refuse_too_large(config, device_type, here)
+        # attention would say it of its first queries, in step 1
+        head_size = config.model.d_model // config.model.n_heads
+        queries = torch.empty(1, 1, 1, head_size, dtype=DTYPES[config.train.dtype], device=device_type)
+        pick_kernel(config.parallel.kernel, queries)
 
 
 def refuse_folder(out: Path | str) -> None:

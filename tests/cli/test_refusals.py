@@ -103,6 +103,7 @@ CONTRADICTIONS = [
     ("parallel.inner=2", "parallel.inner=2"),
     ("train.compile=true model.dropout=0.5", "train.compile=true"),
     ("parallel.kernel=sdpa model.softcap=3.0", "parallel.kernel"),
+    ("parallel.kernel=flash4", "kernel=flash4"),
     ("data.source=tokens", "data.path=''"),
     ("data.source=tokens data.path=absent", "data.path='absent'"),
     ("data.token_bytes=3", "data.token_bytes=3"),

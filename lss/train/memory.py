@@ -30,8 +30,9 @@ def sequence_bytes(config: Config) -> int:
     tokens = -(-config.data.seq_len // config.parallel.cp)
     rows = train.batch_size // train.accumulate // config.parallel.dp
     itemsize = 2 if train.dtype == "bfloat16" else parameter_dtype(train.dtype).itemsize
+    kept = model.n_layers if config.memory.offload == "none" else 1
     # ids, labels and positions are int64
-    return rows * tokens * (24 * train.accumulate + model.d_model * model.n_layers * itemsize)
+    return rows * tokens * (24 * train.accumulate + model.d_model * kept * itemsize)
 
 
 def host_bytes() -> int:

@@ -69,7 +69,9 @@ def mutations(count):
             value = getattr(getattr(Config(), section), name)
             found.append((misspelt(key, draw), key, "[]" if isinstance(value, tuple) else repr(value).lower()))
         else:
-            found.append((key, key, draw.choice(NONSENSE[kind])))
+            # a folder for offload is looked at where there is offload to disk
+            wrong = [text for text in NONSENSE[kind] if key != "memory.offload_path" or not text.startswith("'/")]
+            found.append((key, key, draw.choice(wrong)))
     return found
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import lss
 from lss.comm import count_collectives
+from lss.comm.texts import gather_texts
 
 N, K, H = 32, 8, 128
 WINDOWS = (1024, 4096, 32768)
@@ -70,8 +71,7 @@ def measure(mesh, seq_len: int, case: dict) -> dict:
         once()
         torch.cuda.synchronize()
         mine["ms"].append(1e3 * (time.perf_counter() - started))
-    everyone: list = [None] * ranks
-    dist.all_gather_object(everyone, mine)
+    everyone = [json.loads(text) for text in gather_texts(json.dumps(mine), None, torch.device("cuda"))]
     slowest = [max(times) for times in zip(*(one["ms"] for one in everyone), strict=True)]
     ms = statistics.median(slowest)
     return {

@@ -52,13 +52,9 @@ def launch_local(nproc: int, arguments: Sequence[str], signals: Told, *, max_res
     # imported here: every command would pay for it at start, and one uses it
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
-    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-    meeting = RendezvousParameters(
-        backend="c10d", endpoint="127.0.0.1:0", run_id=uuid.uuid4().hex, min_nodes=1, max_nodes=1, local_addr="127.0.0.1",
-        timeout=900,
-    )  # fmt: skip
+    from lss.one_host import OneHost
+
     _share_cores(nproc)
     # the agent's own handlers would raise in the middle of starting ranks, and leave some behind
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
@@ -67,7 +63,7 @@ def launch_local(nproc: int, arguments: Sequence[str], signals: Told, *, max_res
     signals.begin()
     spec = WorkerSpec(
         role="default", local_world_size=nproc, entrypoint=sys.executable, args=("-m", "lss", *arguments),
-        rdzv_handler=get_rendezvous_handler(meeting), max_restarts=max_restarts, monitor_interval=0.1,
+        rdzv_handler=OneHost(uuid.uuid4().hex), max_restarts=max_restarts, monitor_interval=0.1,
         local_addr="127.0.0.1",
     )  # fmt: skip
     try:

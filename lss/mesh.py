@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lss.config.errors import Refused, refuse
+from lss.meeting import RENDEZVOUS, Place, agent_round, first_to_say, is_loopback, meet
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class RankEnvironment:
     local_world_size: int
     address: str
     port: int
+
+    def place(self) -> Place:
+        """Where this rank meets the others."""
+        return Place(self.rank, self.world_size, self.address, self.port, agent_round())
 
 
 # (name, variable that says it is this launcher, rank, world size, local rank, local world size)
@@ -64,6 +68,8 @@ def _first_host(nodelist: str) -> str:
 def _address(environ: Mapping[str, str], launcher: str, one_host: bool) -> str:
     if environ.get("MASTER_ADDR"):
         return environ["MASTER_ADDR"]
+    if launcher == "torchrun":
+        raise Refused("MASTER_ADDR is not set, though RANK is: name the host of rank 0 in it, 127.0.0.1 for one host.")
     if one_host:
         return "127.0.0.1"
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
@@ -72,15 +78,30 @@ def _address(environ: Mapping[str, str], launcher: str, one_host: bool) -> str:
     raise Refused(f"MASTER_ADDR is not set: {launcher} started ranks on several hosts; name the host of rank 0 in it.")
 
 
-def _port(environ: Mapping[str, str]) -> int:
+def _port(environ: Mapping[str, str], launcher: str) -> int:
     if environ.get("MASTER_PORT"):
         port = _number(environ, "MASTER_PORT")
         if not 0 < port < 65536:
-            raise refuse("MASTER_PORT", port, "not a port; use 1 to 65535")
+            raise refuse("MASTER_PORT", port, "not a port; use 1 to 65535, better 1024 or more")
         return port
+    if launcher == "torchrun":
+        raise Refused("MASTER_PORT is not set, though RANK is: give every rank the same free port, 1024 to 65535.")
     # every rank of a job knows its number, and two jobs on one host then meet at different ports
     job = environ.get("SLURM_JOB_ID", "0")
     return _DEFAULT_PORT + (int(job) % 10000 if job.isdigit() else 0)
+
+
+def _refuse_places(launcher: str, ranks: tuple[int, str, int], local: tuple[str, int], on_host: tuple[str, int]) -> None:
+    """Refuse a place on this host that contradicts itself, or the place among all ranks."""
+    rank, world_name, world = ranks
+    if launcher == "srun":  # which counts the job's tasks, and these may be a step's
+        return
+    if not 1 <= on_host[1] <= world:
+        raise refuse(on_host[0], on_host[1], f"a host has 1 rank or more, and at most all of {world_name}={world}")
+    if not 0 <= local[1] < on_host[1]:
+        raise refuse(local[0], local[1], f"outside {on_host[0]}={on_host[1]}; ranks of a host count from 0")
+    if launcher == "torchrun" and local[1] > rank:
+        raise refuse(local[0], local[1], f"more than this rank's number among all, RANK={rank}")
 
 
 def rank_environment(environ: Mapping[str, str] | None = None) -> RankEnvironment | None:
@@ -97,11 +118,17 @@ def rank_environment(environ: Mapping[str, str] | None = None) -> RankEnvironmen
             world_name = "SLURM_STEP_NUM_TASKS"
         rank, world = _number(environ, rank_name), _number(environ, world_name)
         local_world = _number(environ, local_world_name) if environ.get(local_world_name) else world
-        local_rank = _number(environ, local_name) if environ.get(local_name) else rank % local_world
+        local_rank = _number(environ, local_name) if environ.get(local_name) else rank % max(local_world, 1)
+        if world < 1:
+            raise refuse(world_name, world, "a run has 1 rank or more")
         if not 0 <= rank < world:
             raise refuse(rank_name, rank, f"outside {world_name}={world}; ranks count from 0 to {world - 1}")
+        _refuse_places(launcher, (rank, world_name, world), (local_name, local_rank), (local_world_name, local_world))
         address = _address(environ, launcher, one_host=local_world >= world)
-        return RankEnvironment(launcher, rank, world, local_rank, local_world, address, _port(environ))
+        return RankEnvironment(launcher, rank, world, local_rank, local_world, address, _port(environ, launcher))
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        if environ.get(name) and (name == "LOCAL_RANK" or environ[name] != "1"):
+            raise refuse(name, environ[name], "RANK is not set beside it; start every rank through a launcher, or unset it")
     return None
 
 
@@ -118,54 +145,43 @@ def pick_device_type(local_world_size: int = 1) -> str:
     return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size else "cpu"
 
 
-def _agent_store(environment: RankEnvironment, timeout: timedelta) -> dist.Store | None:
-    """The store of torch's elastic agent, a room of its own for each start of the ranks; None where no agent hosts one.
-
-    The agent's store outlives the ranks: those started again would read where the dead ones listened, and connect there.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    store = dist.TCPStore(environment.address, environment.port, is_master=False, wait_for_workers=False, timeout=timeout)
-    return dist.PrefixStore(f"lss/start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _init_process_group(device_type: str | None, timeout: timedelta) -> str:
+def _init_process_group(device_type: str | None, timeout: timedelta, rendezvous: timedelta) -> tuple[str, dist.Store | None]:
+    """Returns the device type, and the store that the ranks met through."""
     environment = rank_environment()
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise refuse("device_type", '"cuda"', 'torch sees no GPU here; use "cpu", or a build and a driver for the GPU')
     device_type = device_type or pick_device_type(environment.local_world_size if environment else 1)
     backend = "nccl" if device_type == "cuda" else "gloo"
     if environment is None:
         # one rank talks to nobody: an in-process store, no port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return device_type
-    try:
-        socket.getaddrinfo(environment.address, None)
-    except OSError as error:
-        # torch would ask again until its timeout, minutes later
-        fit = f"no such host ({error.strerror}); name the host of rank 0"
-        raise refuse("MASTER_ADDR", environment.address, fit) from None
+        return device_type, None
     if device_type == "cuda":
         torch.cuda.set_device(environment.local_rank)
-    if environment.address in ("127.0.0.1", "localhost"):
-        # gloo otherwise announces the host's outer address, which need not resolve
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if os.path.exists("/sys/class/net/lo") else "lo0")
+    if is_loopback(environment.address):
+        # both otherwise announce, and listen at, the host's outer address, which need not resolve
+        interface = "lo" if os.path.exists("/sys/class/net/lo") else "lo0"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    place = environment.place()
+    store = meet(place, rendezvous)
+    store.set_timeout(timeout)
     try:
-        store = _agent_store(environment, timeout)
-        url = "env://" if environment.launcher == "torchrun" else f"tcp://{environment.address}:{environment.port}"
         dist.init_process_group(
-            backend,
-            init_method=None if store is not None else url,
-            store=store,
-            rank=environment.rank,
-            world_size=environment.world_size,
-            timeout=timeout,
+            backend, store=store, rank=environment.rank, world_size=environment.world_size, timeout=timeout
         )
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise Refused(
-            f"MASTER_ADDR={environment.address}, MASTER_PORT={environment.port}: rank {environment.rank} of "
-            f"{environment.world_size} could not meet the others there ({reason})."
+            f"{place}: rank {environment.rank} of {environment.world_size} could not join the others there ({reason})."
         ) from error
-    return device_type
+    return device_type, store
+
+
+def first_to_refuse(mesh: DeviceMesh, text: str) -> bool:
+    """Whether this rank is the first of the run to refuse with this sentence, and so is to tell it."""
+    store, environment = _places(mesh).store, rank_environment()
+    return store is None or environment is None or first_to_say(store, environment.place(), text)
 
 
 def init_mesh(
@@ -174,6 +190,7 @@ def init_mesh(
     *,
     device_type: str | None = None,
     timeout: timedelta = timedelta(minutes=10),
+    rendezvous: timedelta = RENDEZVOUS,
     ranks_per_node: int | None = None,
 ) -> DeviceMesh:
     """Make the mesh of dp x cp ranks, starting torch's process group where there is none yet.
@@ -186,6 +203,7 @@ def init_mesh(
         dp: groups that take different sequences.
         device_type: "cuda" (NCCL) or "cpu" (gloo); by default CUDA where the host has a GPU for each of its ranks.
         timeout: after which a collective that not all ranks reach is given up.
+        rendezvous: how long ranks wait for one another here.
         ranks_per_node: neighbours that share a host, which matters where a cp group spans several: keys and values then
             enter a host once. By default what the launcher says (LOCAL_WORLD_SIZE and its like), if it starts equally
             many neighbours on each host; otherwise all ranks count as one host's.
@@ -194,8 +212,8 @@ def init_mesh(
         A torch `DeviceMesh` with axes "dp" and "cp".
 
     Raises:
-        Refused: the number of running ranks is not dp * cp, a launcher's variables are missing or wrong, or a
-            `ranks_per_node` of which a cp group would have unequal parts.
+        Refused: the number of running ranks is not dp * cp, a launcher's variables are missing or wrong, not all ranks
+            came in time, or a `ranks_per_node` of which a cp group would have unequal parts.
 
     Collectives: where `ranks_per_node` is not given, one all-gather of two numbers.
     """
@@ -208,15 +226,16 @@ def init_mesh(
             f"cp={cp} x dp={dp} needs {cp * dp} ranks and {ranks} {'is' if ranks == 1 else 'are'} running: "
             f"start {cp * dp}, or choose cp and dp whose product is {ranks}."
         )
+    store = None
     if dist.is_initialized():
         device_type = device_type or ("cuda" if dist.get_backend() == "nccl" else "cpu")
     else:
-        device_type = _init_process_group(device_type, timeout)
+        device_type, store = _init_process_group(device_type, timeout, rendezvous)
     if ranks_per_node is not None and cp % ranks_per_node and ranks_per_node % cp:
         raise refuse("ranks_per_node", ranks_per_node, f"give a number that divides cp={cp}, or that cp divides")
     mesh = init_device_mesh(device_type, (dp, cp), mesh_dim_names=("dp", "cp"))
     rows = [list(range(first, first + cp)) for first in range(0, ranks, cp)]
-    setattr(mesh, _PLACES, _Places(ranks_per_node or _launched_per_node(device_type), rows))
+    setattr(mesh, _PLACES, _Places(ranks_per_node or _launched_per_node(device_type), rows, store=store))
     return mesh
 
 
@@ -227,11 +246,12 @@ _PLACES = "_lss_places"
 @dataclass
 class _Places:
     """`per_node`: neighbours that share a node; `rows`: the ranks of each cp group; `groups`: the sub-groups of the cp axis
-    made so far, by size and stride."""
+    made so far, by size and stride; `store`: what the ranks met through."""
 
     per_node: int
     rows: list[list[int]] | None = None
     groups: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict)
+    store: dist.Store | None = None
 
 
 def _places(mesh: DeviceMesh) -> _Places:

@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from lss.check.probes import Probe, leak_probes, with_length, work_ratios
 from lss.comm import Communicator, count_collectives
 from lss.config import Config
+from lss.data.corpus import open_corpus
 from lss.data.loader import Loader
 from lss.data.packing import pack
 from lss.data.reader import Batch
-from lss.data.sources import ByteCorpus
 from lss.kernels.dropout import fold
 from lss.mesh import axis_group
 from lss.model import Transformer
@@ -146,7 +146,7 @@ def _batches(config: Config, layout: Layout | None) -> list[Batch]:
     Packed sequences are those with most documents, since most hold one piece of a long file.
     """
     train, S = config.train, config.data.seq_len
-    split, _ = ByteCorpus(config.data.path).split(config.data.held_out)
+    split, _ = open_corpus(config).split(config.data.held_out)
     dp, dp_rank = (1, 0) if layout is None else (layout.dp.size, layout.dp.rank)
     loader = Loader(
         split,
@@ -191,7 +191,7 @@ def _borders(config: Config) -> list[torch.Tensor | None]:
     """The documents of some of the config's sequences, at its own length; one document each without packing."""
     if not config.data.packing:
         return [None]
-    split, _ = ByteCorpus(config.data.path).split(config.data.held_out)
+    split, _ = open_corpus(config).split(config.data.held_out)
     documents = split.documents()
     packed = pack(documents[:, 1] - documents[:, 0], config.data.seq_len, config.train.seed)
     return [packed.cu_seqlens(number) for number in range(min(len(packed), 16))]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lss.cli.main import split_config
 from lss.cli.ranks import launch, must_launch, planned_ranks, share_cores
+from lss.config import LARGEST, show
 from lss.config.errors import Refused, refuse
 from lss.mesh import pick_device_type, rank_environment
 
@@ -34,8 +35,6 @@ def bench(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.action == "table":
         return _table(options)
     ranks = planned_ranks(options.nproc)
-    if options.repeat < 1:
-        raise refuse("--repeat", options.repeat, "give a whole number, 1 or more")
     if options.out and Path(options.out).is_dir():
         raise refuse("--out", options.out, "a folder of this name is there; give a file such as results.jsonl")
     # everything is read here, so that a mistake is told once and before any rank is started
@@ -63,8 +62,8 @@ def _words(text: str | None) -> list[str]:
 
 def _numbers(option: str, text: str | None) -> list[int]:
     words = _words(text)
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise refuse(option, text, "give whole numbers of tokens with commas between them")
+    if not all(word.isdecimal() and len(word) < 20 and 0 < int(word) <= LARGEST for word in words):
+        raise refuse(option, show(text), f"give whole numbers of tokens, at most {LARGEST}, with commas between them")
     return [int(word) for word in words]
 
 
@@ -75,6 +74,7 @@ def _device_type(ranks: int) -> str:
 
 def _attention_plan(options: argparse.Namespace, ranks: int) -> AttentionPlan:
     from lss.bench import AttentionPlan, Heads, load_rivals, parse_options
+    from lss.train.memory import host_bytes
 
     device = _device_type(ranks)
     plan = AttentionPlan(
@@ -86,15 +86,23 @@ def _attention_plan(options: argparse.Namespace, ranks: int) -> AttentionPlan:
         check_upto=options.check_upto, only=_words(options.only),
     )  # fmt: skip
     plan.validate(ranks)
+    tokens, heads = max(plan.lengths) * plan.batch, max(h.N * h.H for h in plan.heads)
+    if device == "cpu" and 2 * tokens * heads > host_bytes():
+        fit = f"its queries alone take more than the {host_bytes() / 2**30:.1f} GiB of this host; use shorter ones"
+        raise refuse("--lengths", max(plan.lengths), fit)
     return plan
 
 
 def _train_plan(options: argparse.Namespace, ranks: int) -> TrainPlan:
     from lss.bench import load_rivals
     from lss.bench.train_step import TrainPlan, plan_configs
+    from lss.train.memory import refuse_too_large
 
     path, overrides = split_config(options.config)
     configs = plan_configs(path, overrides, options.variants.split(";"), _numbers("--lengths", options.lengths), ranks)
+    if _device_type(ranks) == "cpu":
+        for _, config in configs:
+            refuse_too_large(config, "cpu", ranks)
     rivals = load_rivals(options.rivals)
     return TrainPlan(configs, rivals, options.plain, repeat=options.repeat, only=_words(options.only))
 

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from lss.cli.early import refuse_data, refuse_options
 from lss.cli.main import split_config
-from lss.cli.ranks import launch, must_launch, planned_ranks, read_config, share_cores
+from lss.cli.ranks import (
+    launch,
+    must_launch,
+    planned_ranks,
+    read_config,
+    rendezvous_timeout,
+    share_cores,
+    told_once,
+)
 from lss.config import Config
 
 if TYPE_CHECKING:
@@ -16,21 +27,35 @@ if TYPE_CHECKING:
 def check(options: argparse.Namespace, arguments: list[str]) -> int:
     """Check as one rank, or start the ranks that do; 1 where anything differs beyond the dtype's bound."""
     path, overrides = split_config(options.config)
-    config = read_config(path, overrides, planned_ranks(options.nproc))
+    rendezvous, ranks = rendezvous_timeout(options), planned_ranks(options.nproc)
+    with told_once():
+        config = read_config(path, overrides, ranks)
+        refuse_options(_short(config), options.nproc)
+        refuse_data(_short(config), scan=not must_launch(options.nproc))
     if must_launch(options.nproc):
         return launch(options.nproc, arguments)
-    return _check(config)
+    return _check(config, rendezvous)
 
 
-def _check(config: Config) -> int:
+def _short(config: Config) -> Config:
+    """The config at the most tokens that a check computes with."""
+    assert isinstance(config.parallel.cp, int)
+    seq_len = min(config.data.seq_len, 64 * config.parallel.cp)
+    share = config.parallel.dp * config.train.accumulate
+    train = replace(config.train, batch_size=share, eval_every=0)
+    return replace(config, data=replace(config.data, seq_len=seq_len), train=train)
+
+
+def _check(config: Config, rendezvous: timedelta) -> int:
     from lss.check import check_config
     from lss.mesh import close, init_mesh
 
     share_cores()
     assert isinstance(config.parallel.cp, int)
-    mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp)
+    mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp, rendezvous=rendezvous)
     try:
-        result = check_config(config, mesh)
+        with told_once(mesh):
+            result = check_config(config, mesh)
         if mesh.get_rank() == 0:
             _print(config, result)
     finally:

@@ -13,9 +13,21 @@ import sys
 from collections.abc import Sequence
 
 from lss.cli.bench_options import add_bench
-from lss.config.errors import Failed, Refused, Stopped, refuse
+from lss.config import LARGEST, show
+from lss.config.errors import Failed, Refused, SaidElsewhere, Stopped, refuse
 from lss.train.signals import Signals, is_first_rank
 
+# What the numbers among the options may be, lowest and highest.
+RANGES = {
+    "--nproc": (1, 1 << 16),
+    "--max-restarts": (0, 1 << 16),
+    "--rendezvous-timeout": (0.001, 86400),
+    "--seq-len": (1, LARGEST),
+    "--batch": (1, LARGEST),
+    "--repeat": (1, 1 << 20),
+    "--seconds": (0, 86400),
+    "--check-upto": (0, LARGEST),
+}
 VERBS = ("train", "check", "bench", "data", "export", "verify", "report")
 
 
@@ -73,6 +85,8 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value",
                         help="a config file and overrides such as optim.lr=1e-3")  # fmt: skip
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
+    parser.add_argument("--rendezvous-timeout", type=float, default=60.0, metavar="SECONDS",
+                        help="how long ranks wait for one another at the start (default 60)")  # fmt: skip
 
 
 def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -90,9 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
             near = difflib.get_close_matches(arguments[0], VERBS, n=1)
             raise refuse("VERB", arguments[0], f"unknown; {f'nearest is {near[0]}' if near else 'use ' + ', '.join(VERBS)}")
+        _refuse_threads()
         # intermixed, so that overrides may stand before and after options
         options = _parse(arguments)
         return _run(options, arguments)
+    except SaidElsewhere:
+        return 2
     except Refused as refusal:
         print(f"lss: {refusal}", file=sys.stderr)
         return 2
@@ -107,12 +124,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _refuse_threads() -> None:
+    """Refuse an OMP_NUM_THREADS that the OpenMP library would complain of, when torch loads it, and pass over."""
+    text = os.environ.get("OMP_NUM_THREADS")
+    if text is None:
+        return
+    if not all(part.strip().isascii() and part.strip().isdigit() and 0 < int(part) < 1 << 16 for part in text.split(",")):
+        raise refuse("OMP_NUM_THREADS", repr(text[:60]), "give a whole number of threads, 1 or more, or unset it")
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [a for a in rest if a.startswith("-") or not hasattr(options, "config")]
     if unknown:
         parser.error(f"unrecognized argument {unknown[0]}")
+    for option, (low, high) in RANGES.items():
+        value = getattr(options, option[2:].replace("-", "_"), None)
+        if value is not None and not low <= value <= high:
+            raise refuse(option, show(value), f"give a number from {low} to {high}")
     if rest:
         options.config = [*options.config, *rest]
     return options

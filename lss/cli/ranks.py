@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from lss.config import Config, load_config
-from lss.config.errors import refuse
-from lss.mesh import rank_environment
+from lss.config.errors import Refused, SaidElsewhere, refuse
+from lss.meeting import first_to_say, open_store
+from lss.mesh import first_to_refuse, rank_environment
 from lss.train.signals import Signals
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+# How long a rank that refuses looks for others that may refuse the same.
+HEARING = timedelta(seconds=4)
 
 
 def planned_ranks(nproc: int | None) -> int:
     """Ranks of this run: the launcher's, else --nproc, else 1; refuses two that disagree."""
     environment = rank_environment()
     if environment is None:
-        if nproc is not None and nproc < 1:
-            raise refuse("--nproc", nproc, "give the number of ranks to start, 1 or more")
         return nproc or 1
     if nproc not in (None, environment.world_size):
         fit = f"{environment.launcher} started {environment.world_size} ranks already; leave it out"
@@ -54,6 +63,44 @@ def without_launcher(arguments: Sequence[str]) -> list[str]:
         elif not argument.startswith(tuple(f"{option}=" for option in options)):
             kept.append(argument)
     return kept
+
+
+def rendezvous_timeout(options: argparse.Namespace) -> timedelta:
+    """How long ranks wait for one another at the start."""
+    return timedelta(seconds=options.rendezvous_timeout)
+
+
+@contextmanager
+def told_once(mesh: DeviceMesh | None = None) -> Iterator[None]:
+    """Let one rank say what several refuse alike: each passes on the sentence through the store that they meet at.
+
+    Args:
+        mesh: of the ranks, where they have met already.
+
+    Raises:
+        SaidElsewhere: instead of a refusal that another rank has told.
+    """
+    try:
+        yield
+    except SaidElsewhere:
+        raise
+    except Refused as refusal:
+        if _is_mine(str(refusal), mesh):
+            raise
+        raise SaidElsewhere(str(refusal)) from None
+
+
+def _is_mine(text: str, mesh: DeviceMesh | None) -> bool:
+    if mesh is not None:
+        return first_to_refuse(mesh, text)
+    environment = rank_environment()
+    if environment is None or environment.world_size == 1:
+        return True
+    try:
+        store = open_store(environment.place(), HEARING)
+    except Refused:  # there is nobody to hear from, so this rank speaks for itself
+        return True
+    return first_to_say(store, environment.place(), text)
 
 
 def share_cores() -> None:

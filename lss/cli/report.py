@@ -6,10 +6,18 @@ import argparse
 from pathlib import Path
 
 
+def _item(folder: Path) -> str:
+    """What a run's loss is per: a byte, or a token where its data were token ids."""
+    from lss.report.runs import read_runs
+
+    (run,) = read_runs([folder])
+    return "token" if run.facts.get("config.data.source") == "tokens" else "byte"
+
+
 def report(options: argparse.Namespace) -> int:
     """Make one HTML page of one or more runs."""
     from lss.report import build_report
-    from lss.train.evaluate import bits_per_byte
+    from lss.train.evaluate import bits
     from lss.train.metrics import read_metrics
 
     folders = [Path(folder) for folder in options.folders]
@@ -18,6 +26,6 @@ def report(options: argparse.Namespace) -> int:
         held_out = [row["eval_loss"] for row in read_metrics(folder / "metrics.jsonl") if row.get("eval_loss") is not None]
         if held_out:
             of = f" ({folder})" if len(folders) > 1 else ""
-            print(f"held-out: {bits_per_byte(held_out[-1]):.2f} bits per byte{of}")
+            print(f"held-out: {bits(held_out[-1]):.2f} bits per {_item(folder)}{of}")
     print(f"report: {page}")
     return 0

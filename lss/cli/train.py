@@ -4,54 +4,53 @@ from __future__ import annotations
 
 import argparse
 import os
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from lss.cli.early import refuse_data, refuse_folder, refuse_options
 from lss.cli.main import split_config
-from lss.cli.ranks import must_launch, planned_ranks, read_config, share_cores, without_launcher
+from lss.cli.ranks import (
+    must_launch,
+    planned_ranks,
+    read_config,
+    rendezvous_timeout,
+    share_cores,
+    told_once,
+    without_launcher,
+)
 from lss.config import Config
-from lss.config.errors import Refused, refuse
+from lss.config.errors import Refused
 from lss.train.signals import Signals
 
 
 def train(options: argparse.Namespace, arguments: list[str], signals: Signals) -> int:
     """Train as one rank, or start the ranks that do; `signals`: heard since the command's start."""
     path, overrides = split_config(options.config)
-    config = read_config(path, overrides, planned_ranks(options.nproc))
-    out = Path(options.out or f"runs/{config.name}")
-    _refuse_early(config, out)
+    rendezvous, ranks = rendezvous_timeout(options), planned_ranks(options.nproc)
+    with told_once():
+        config = read_config(path, overrides, ranks)
+        refuse_folder(f"runs/{config.name}" if options.out is None else options.out)
+        out = Path(options.out or f"runs/{config.name}")
+        _refuse_early(config, out, options)
     if must_launch(options.nproc):
         from lss.launch import launch_local
 
         return launch_local(options.nproc, without_launcher(arguments), signals, max_restarts=options.max_restarts)
-    return _train(config, out, signals)
+    return _train(config, out, rendezvous, signals)
 
 
-def _refuse_early(config: Config, out: Path) -> None:
+def _refuse_early(config: Config, out: Path, options: argparse.Namespace) -> None:
     """What can be refused without ranks, so that it is said once."""
-    from lss.data.loader import EvalLoader, Loader
-    from lss.data.sources import ByteCorpus
-    from lss.segment import make_segment
     from lss.train.saving import find_resumable
-    from lss.train.steps import loader_kind
 
+    refuse_options(config, options.nproc)
     find_resumable(config, out)
-    if out.exists() and not out.is_dir():
-        raise refuse("--out", out, "a file of this name is there; give a folder")
-    train, parallel = config.train, config.parallel
-    training, held_out = ByteCorpus(config.data.path).split(config.data.held_out)
-    assert isinstance(parallel.cp, int)
-    segment = make_segment(config.data.seq_len, cp=parallel.cp, rank=0, order=parallel.order)
-    shared = {"seq_len": config.data.seq_len, "dp": parallel.dp, "dp_rank": 0, "segment": segment}
-    kind = loader_kind(config, None)
-    Loader(training, batch_size=train.batch_size, accumulate=train.accumulate, seed=train.seed, **shared, **kind)
-    if train.eval_every:
-        EvalLoader(held_out, samples=train.eval_samples, rows_per_batch=1, **shared, **kind)
+    # ranks that are started from here share the reading out
+    refuse_data(config, scan=not must_launch(options.nproc))
 
 
-def _train(config: Config, out: Path, signals: Signals) -> int:
-    from datetime import timedelta
-
+def _train(config: Config, out: Path, rendezvous: timedelta, signals: Signals) -> int:
     import torch
 
     from lss.comm import Watch
@@ -67,10 +66,10 @@ def _train(config: Config, out: Path, signals: Signals) -> int:
     assert isinstance(config.parallel.cp, int)
     # a little longer than the watch's, which can say who is stuck
     timeout = timedelta(seconds=config.train.timeout + 5)
-    mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp, timeout=timeout)
+    mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp, timeout=timeout, rendezvous=rendezvous)
     try:
         newest = partial(newest_words, out / "checkpoints")
-        with Watch(mesh, config.train.timeout, newest) as watch:
+        with Watch(mesh, config.train.timeout, newest) as watch, told_once(mesh):
             signals.before_leaving = lambda name, code: watch.leave("stopped", name, code)
             try:
                 Trainer(config, mesh, out, on_end=_report, signals=signals, watch=watch).train()

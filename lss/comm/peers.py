@@ -6,6 +6,7 @@ reader that all has been written. `barrier()` is the only means; `lss.comm.symme
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import tempfile
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from lss.comm.texts import gather_texts
 
 # Bytes up to which copies are done by one kernel: an engine's start takes as long as 8 MiB over NVLink.
 SHORT_COPY = 16 << 20
@@ -72,9 +75,8 @@ class PeerMemory:
     def _allocate(self, nbytes: int) -> Any:
         folder = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
         mine = folder / f"lss-{os.getpid()}-{uuid.uuid4().hex}"
-        paths: list[Any] = [None] * self.size
         own = torch.from_file(str(mine), shared=True, size=nbytes, dtype=torch.uint8)
-        dist.all_gather_object(paths, str(mine), group=self.group)
+        paths = gather_texts(str(mine), self.group, torch.device("cpu"))
         views = [
             own if rank == self.rank else torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
             for rank, path in enumerate(paths)
@@ -169,10 +171,9 @@ def open_peers(group: dist.ProcessGroup, device: torch.device) -> PeerMemory | N
     Collective: every rank gets the same answer. They can where all are on one host and, on GPUs, each may access all
     others'.
     """
-    mine = (socket.gethostname(), _boot_id(), device.type, torch.cuda.current_device() if device.type == "cuda" else -1,
-            device.type == "cpu" or _has_symmetric_memory())  # fmt: skip
-    told: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, mine, group=group)
+    mine = [socket.gethostname(), _boot_id(), device.type, torch.cuda.current_device() if device.type == "cuda" else -1,
+            device.type == "cpu" or _has_symmetric_memory()]  # fmt: skip
+    told = [json.loads(text) for text in gather_texts(json.dumps(mine), group, device)]
     one_host = len({(host, boot, kind) for host, boot, kind, *_ in told}) == 1 and all(ready for *_, ready in told)
     if not one_host:
         return None
@@ -182,7 +183,7 @@ def open_peers(group: dist.ProcessGroup, device: torch.device) -> PeerMemory | N
     reached = len(set(devices)) == len(devices) and all(
         torch.cuda.can_device_access_peer(mine[3], other) for other in devices if other != mine[3]
     )
-    if not _agreed(reached, group):
+    if not _agreed(reached, group, device):
         return None
     peers = CudaPeerMemory(group)
     try:  # drivers and containers that forbid the mapping say so at the first buffer
@@ -190,14 +191,14 @@ def open_peers(group: dist.ProcessGroup, device: torch.device) -> PeerMemory | N
         works = True
     except RuntimeError:
         works = False
-    return peers if _agreed(works, group) else None
+    return peers if _agreed(works, group, device) else None
 
 
-def _agreed(verdict: bool, group: dist.ProcessGroup) -> bool:
+def _agreed(verdict: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether every rank says so."""
-    verdicts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(verdicts, verdict, group=group)
-    return all(verdicts)
+    every = torch.tensor([int(verdict)], dtype=torch.int64, device=device)
+    dist.all_reduce(every, op=dist.ReduceOp.MIN, group=group)
+    return bool(every)
 
 
 def _boot_id() -> str:

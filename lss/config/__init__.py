@@ -4,6 +4,7 @@ from lss.config.config import Config, load_config
 from lss.config.errors import Failed, Refused, refuse
 from lss.config.presets import PRESETS
 from lss.config.sections import (
+    LARGEST,
     CheckpointConfig,
     DataConfig,
     MemoryConfig,
@@ -12,9 +13,11 @@ from lss.config.sections import (
     ParallelConfig,
     TrainConfig,
     markdown_table,
+    show,
 )
 
 __all__ = [
+    "LARGEST",
     "PRESETS",
     "CheckpointConfig",
     "Config",
@@ -29,4 +32,5 @@ __all__ = [
     "load_config",
     "markdown_table",
     "refuse",
+    "show",
 ]

@@ -79,6 +79,10 @@ class Config:
         if self.data.source == "bytes" and model.vocab_size < 256:
             fit = 'data.source="bytes" has ids up to 255; use 256 or more'
             raise refuse("model.vocab_size", model.vocab_size, fit)
+        if self.data.token_bytes == 3:
+            raise refuse("data.token_bytes", 3, "ids take 2 or 4 bytes; use one of these")
+        if self.data.source == "tokens" and not self.data.path:
+            raise refuse("data.path", "''", 'data.source="tokens" has no files of its own; give a file, a folder or a glob')
         self._validate_kind()
         self._validate_head_chunks()
         self._validate_compile()
@@ -103,7 +107,10 @@ class Config:
 
     def _validate_kind(self) -> None:
         model, data = self.model, self.data
-        if model.kind == "encoder" and model.vocab_size < 257:
+        if model.kind == "encoder" and data.source == "tokens" and model.vocab_size < 2:
+            fit = 'model.kind="encoder" needs an id for masked tokens, the last; use 2 or more'
+            raise refuse("model.vocab_size", model.vocab_size, fit)
+        if model.kind == "encoder" and data.source == "bytes" and model.vocab_size < 257:
             fit = 'model.kind="encoder" needs an id for masked bytes, 256; use 257 or more, or preset="tiny-encoder"'
             raise refuse("model.vocab_size", model.vocab_size, fit)
         if data.prefix and model.kind != "decoder":

@@ -15,6 +15,10 @@ class Refused(ValueError):
     """
 
 
+class SaidElsewhere(Refused):
+    """A refusal that another rank of the run tells the user; this one only ends, with the same status."""
+
+
 class Failed(RuntimeError):
     """A run that cannot go on through no fault of its input; its text is one sentence, the exit status 1."""
 

@@ -1,4 +1,4 @@
-"""A corpus of bytes: any file, folder or glob, read in place through memory maps."""
+"""A corpus of bytes: any file, folder or glob, read in place through memory maps; what it shares with one of tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import stat
 import sysconfig
 from bisect import bisect_right
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -22,36 +23,50 @@ _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 _OPEN_MAPS = 64
 
 
-class ByteCorpus:
-    """The bytes of some files, one after another in the order of their names.
+@dataclass(frozen=True)
+class Piece:
+    """Where a file's items lie: `count` of `dtype` from byte `offset` on."""
+
+    file: Path
+    count: int
+    dtype: np.dtype
+    offset: int = 0
+
+    @property
+    def end(self) -> int:
+        """The byte after the last item."""
+        return self.offset + self.count * self.dtype.itemsize
+
+
+class Corpus:
+    """The items of some files, one after another in the order of their names; bytes or token ids.
+
+    Items stay on disk: memory held is the table of files.
 
     Args:
-        path: a file, a folder (all regular files below it, hidden ones left out), or a glob; empty for the running
-            Python's own standard-library sources, which are always there. Bytes stay on disk: memory held is the
-            table of files.
+        name: what to call it.
+        base: the folder that names are relative to.
+        pieces: of files that are not empty, in order.
 
     Attributes:
-        name: what to call it.
-        files, sizes: the files that are not empty, in the order of their relative POSIX names, and their bytes.
-        digest: SHA-256 over relative names and sizes, for telling a changed corpus when a run goes on.
-
-    Raises:
-        Refused: nothing is there, or it cannot be read, or it is empty.
+        files, sizes: the files, in the order of their relative POSIX names, and their items.
+        digest: SHA-256 over relative names, sizes and kinds, for telling a changed corpus when a run goes on.
+        unit, item: what an item is called, many and one.
+        dtype: what `read` returns.
     """
 
-    def __init__(self, path: str = "") -> None:
-        base, files = _find(path)
-        sized = [(file, _size(file)) for file in files]
-        kept = [(file, size) for file, size in sized if size]
-        if not kept:
-            raise refuse("data.path", repr(path), f"holds no bytes ({len(files)} files, all empty)")
-        self.name = path or f"the standard library of Python {sysconfig.get_python_version()}"
-        self.files = [file for file, _ in kept]
-        self.sizes = [size for _, size in kept]
+    unit, item = "bytes", "byte"
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, name: str, base: Path, pieces: Sequence[Piece]) -> None:
+        self.name, self.pieces = name, list(pieces)
+        self.files = [piece.file for piece in pieces]
+        self.sizes = [piece.count for piece in pieces]
         self._ends = list(accumulate(self.sizes))
         digest = hashlib.sha256()
-        for file, size in kept:
-            digest.update(os.fsencode(file.relative_to(base).as_posix()) + f"\0{size}\n".encode())
+        for piece in pieces:
+            kind = "" if piece.dtype == np.uint8 else f" {piece.dtype.str}"
+            digest.update(os.fsencode(piece.file.relative_to(base).as_posix()) + f"\0{piece.count}{kind}\n".encode())
         self.digest = digest.hexdigest()
         # few maps are open at a time: a corpus may have more files than a process may open
         self._map = lru_cache(maxsize=_OPEN_MAPS)(self._open)
@@ -60,10 +75,11 @@ class ByteCorpus:
         return self._ends[-1]
 
     def _open(self, number: int) -> np.ndarray:
-        return np.memmap(self.files[number], dtype=np.uint8, mode="r", shape=(self.sizes[number],))
+        piece = self.pieces[number]
+        return np.memmap(piece.file, dtype=piece.dtype, mode="r", offset=piece.offset, shape=(piece.count,))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Bytes [start, stop) of the corpus: uint8, a copy of just those.
+        """Items [start, stop) of the corpus: a copy of just those.
 
         Raises:
             Refused: a file is gone, or has become shorter, since the corpus was opened.
@@ -74,42 +90,63 @@ class ByteCorpus:
             number = bisect_right(self._ends, start)
             first = self._ends[number] - self.sizes[number]
             end = min(stop, self._ends[number])
-            parts.append(self._read_file(number, start - first, end - first))
+            parts.append(self.read_file(number, start - first, end - first))
             start = end
-        return np.concatenate(parts) if parts else np.empty(0, np.uint8)
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
 
-    def _read_file(self, number: int, start: int, stop: int) -> np.ndarray:
-        file = self.files[number]
+    def read_file(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Items [start, stop) of one file."""
+        piece = self.pieces[number]
         try:
             # a map that outlives the end of its file reads zeros there, or kills the process
-            if file.stat().st_size < self.sizes[number]:
-                raise Refused(f"{file}: shorter than when the run began; restore it or start a new run.")
-            return self._map(number)[start:stop]
+            if piece.file.stat().st_size < piece.end:
+                raise Refused(f"{piece.file}: shorter than when the run began; restore it or start a new run.")
+            return self._map(number)[start:stop].astype(self.dtype, copy=False)
         except OSError as error:
             reason = error.strerror or error
-            raise Refused(f"{file}: cannot be read any more ({reason}); restore it or start a new run.") from None
+            raise Refused(f"{piece.file}: cannot be read any more ({reason}); restore it or start a new run.") from None
 
     def split(self, held_out: float) -> tuple[Split, Split]:
-        """(training part, held-out part): the last `held_out` fraction of the bytes is held out."""
+        """(training part, held-out part): the last `held_out` fraction of the items is held out."""
         border = len(self) - round(len(self) * held_out)
         return Split(self, 0, border, "training"), Split(self, border, len(self), "held-out")
 
 
-class Split:
-    """Bytes [start, stop) of a corpus. Sample i of length S is its bytes [i*S, i*S + S + 1): S labels each."""
+class ByteCorpus(Corpus):
+    """The bytes of some files.
 
-    def __init__(self, corpus: ByteCorpus, start: int, stop: int, name: str) -> None:
+    Args:
+        path: a file, a folder (all regular files below it, hidden ones left out), or a glob; empty for the running
+            Python's own standard-library sources, which are always there.
+
+    Raises:
+        Refused: nothing is there, or it cannot be read, or it is empty.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        base, files = find_files(path)
+        sized = [(file, file_size(file)) for file in files]
+        kept = [Piece(file, size, self.dtype) for file, size in sized if size]
+        if not kept:
+            raise refuse("data.path", repr(path), f"holds no bytes ({len(files)} files, all empty)")
+        super().__init__(path or f"the standard library of Python {sysconfig.get_python_version()}", base, kept)
+
+
+class Split:
+    """Items [start, stop) of a corpus. Sample i of length S is its items [i*S, i*S + S + 1): S labels each."""
+
+    def __init__(self, corpus: Corpus, start: int, stop: int, name: str) -> None:
         self.corpus, self.start, self.stop, self.name = corpus, start, stop, name
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Bytes [start, stop) of this part."""
+        """Items [start, stop) of this part."""
         return self.corpus.read(self.start + start, self.start + stop)
 
     def documents(self) -> np.ndarray:
-        """Where each file lies in this part: int64 (n, 2), [start, stop) in bytes of the part.
+        """Where each file lies in this part: int64 (n, 2), [start, stop) in items of the part.
 
         Files are cut at the part's borders; those that have nothing in it are left out.
         """
@@ -118,17 +155,17 @@ class Split:
         return spans[spans[:, 1] > spans[:, 0]]
 
     def samples(self, seq_len: int, ahead: int = 1) -> int:
-        """How many sequences of `seq_len` tokens this part holds, with `ahead` bytes after the last; refuses 0."""
+        """How many sequences of `seq_len` tokens this part holds, with `ahead` items after the last; refuses 0."""
         longest = len(self) - ahead
         if longest < seq_len:
             fit = f"use {longest} or less, or more text" if longest > 0 else "give more text, in data.path"
-            facts = f"the {self.name} part of {self.corpus.name} has {len(self):,} bytes"
+            facts = f"the {self.name} part of {self.corpus.name} has {len(self):,} {self.corpus.unit}"
             needs = " and a sequence takes one more than its length" if ahead else ""
             raise refuse("data.seq_len", seq_len, f"{facts}{needs}; {fit}")
         return longest // seq_len
 
 
-def _find(path: str) -> tuple[Path, list[Path]]:
+def find_files(path: str) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the files in the order of their names."""
     if not path:
         base = Path(sysconfig.get_path("stdlib"))
@@ -174,7 +211,7 @@ def _below(folder: Path, without: Set[str] = frozenset()) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def _size(file: Path) -> int:
+def file_size(file: Path) -> int:
     try:
         if not os.access(file, os.R_OK):
             raise refuse("data.path", file, "no permission to read it")

@@ -75,7 +75,8 @@ def figures_of(run: Run) -> dict[str, str]:
         found["training loss"] = f"{loss[-1]:.4f} nats"
     if held_out := run.values("eval_loss"):
         found["held-out loss"] = f"{held_out[-1]:.4f} nats"
-        found["held-out"] = f"{held_out[-1] / math.log(2):.3f} bits per byte"
+        item = "token" if run.facts.get("config.data.source") == "tokens" else "byte"
+        found["held-out"] = f"{held_out[-1] / math.log(2):.3f} bits per {item}"
     if speeds := run.values("tokens_per_s"):
         found["speed, median"] = f"{statistics.median(speeds):,.0f} tokens/s"
     if peaks := run.values("peak_memory_bytes"):

@@ -86,9 +86,9 @@ class TrainConsole:
             left = duration((self._total - step) * row["step_time_s"])
             self.note(f"step {step}/{self._total}  {summary(row)}  {left} left")
 
-    def evaluation(self, step: int, nats: float, bits_per_byte: float) -> None:
+    def evaluation(self, step: int, nats: float, bits: float, item: str = "byte") -> None:
         """Show a held-out loss."""
-        self.note(f"step {step}/{self._total}  held-out {nats:.4f} nats, {bits_per_byte:.3f} bits per byte")
+        self.note(f"step {step}/{self._total}  held-out {nats:.4f} nats, {bits:.3f} bits per {item}")
 
     def note(self, text: str) -> None:
         """Print a line, above the bar where there is one, as it is: brackets are no markup, and nothing is cut off."""

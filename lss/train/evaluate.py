@@ -40,6 +40,6 @@ def evaluate(
     return float(total) / labels if labels else math.nan
 
 
-def bits_per_byte(nats: float) -> float:
-    """Nats per byte as bits per byte."""
+def bits(nats: float) -> float:
+    """Nats as bits."""
     return nats / math.log(2)

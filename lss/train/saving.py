@@ -24,8 +24,8 @@ from lss.checkpoint import (
 from lss.comm import control
 from lss.config import Config
 from lss.config.errors import Failed, Refused, refuse
+from lss.data.corpus import open_corpus
 from lss.data.loader import Batch, Loader
-from lss.data.sources import ByteCorpus
 from lss.parallel import Layout
 from lss.train.metrics import truncate
 
@@ -51,13 +51,13 @@ def find_resumable(config: Config, out: Path) -> int | None:
 
 def refuse_other_run(config: Config, state: dict[str, Any], out: Path) -> None:
     """Refuse to go on from a save of another model or other data; [train] and [optim] may have changed."""
-    earlier, now = state.get("config", {}), config.to_dict()
+    earlier, now, defaults = state.get("config", {}), config.to_dict(), Config().to_dict()
     for section in ("model", "data"):
         for key, value in now[section].items():
-            before = earlier.get(section, {}).get(key)
+            before = earlier.get(section, {}).get(key, defaults[section][key])  # saved before there was the key
             if before != value:
                 raise refuse(f"{section}.{key}", value, f"{out} holds a run made with {before}; choose another --out")
-    corpus, digest = ByteCorpus(config.data.path), state.get("corpus", {}).get("digest")
+    corpus, digest = open_corpus(config), state.get("corpus", {}).get("digest")
     if digest not in (None, corpus.digest):
         fit = f"its files are no longer those that the run in {out} has read; restore them or choose another --out"
         raise refuse("data.path", config.data.path or corpus.name, fit)

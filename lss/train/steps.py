@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lss.config import Config
+from lss.data.corpus import mask_id
 from lss.data.reader import Batch, Kind
 from lss.kernels.dropout import fold
 from lss.mesh import moved
@@ -48,7 +49,7 @@ def loader_kind(config: Config, layout: Layout | None) -> Kind:
     if kind == "decoder":
         settings["prefix"] = data.prefix
     elif kind == "encoder":
-        settings["mask_rate"] = data.mask_rate
+        settings |= {"mask_rate": data.mask_rate, "mask_id": mask_id(config)}
     else:
         length = -(-data.seq_len // data.source_every)
         settings["source_every"] = data.source_every

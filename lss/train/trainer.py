@@ -19,15 +19,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from lss.comm import DEVICE, Watch
 from lss.config import Config
 from lss.config.errors import Failed
+from lss.data.corpus import open_corpus
 from lss.data.loader import EvalLoader, Loader
 from lss.data.reader import Batch
-from lss.data.sources import ByteCorpus
 from lss.flops import model_flops, peak_flops
 from lss.model import Transformer
 from lss.parallel import clip_grad_norm_, layout_of, parallelize
 from lss.segment.documents import scores_seen
 from lss.train.console import TrainConsole, make_console
-from lss.train.evaluate import bits_per_byte, evaluate
+from lss.train.evaluate import bits, evaluate
 from lss.train.metrics import MetricsWriter, peak_memory_bytes
 from lss.train.optim import build_optimizer, learning_rate, set_learning_rate
 from lss.train.saving import SampleLog, Saving
@@ -106,7 +106,7 @@ class Trainer:
         self._at: Callable[[int, str], None] = watch.at if watch is not None else lambda step, phase: None
         self._at(0, "building the model")
         self.seq_len = config.data.seq_len
-        corpus = ByteCorpus(config.data.path)
+        corpus = open_corpus(config)
         self.train_split, self.held_out_split = corpus.split(config.data.held_out)
         self.corpus = corpus
         self.model = build_model(config, mesh)
@@ -166,7 +166,7 @@ class Trainer:
                          "python": platform.python_version()},
             "mesh": {"dp": self.layout.dp.size, "cp": self.layout.cp.size, "device": _device_name(self.mesh)},
             "parameters": sum(p.numel() for p in _on_meta(self.config).parameters()),
-            "corpus": {"name": self.corpus.name, "bytes": len(self.corpus), "digest": self.corpus.digest},
+            "corpus": {"name": self.corpus.name, self.corpus.unit: len(self.corpus), "digest": self.corpus.digest},
             "skipped": self.stopping.skipped,
         }  # fmt: skip
 
@@ -223,7 +223,7 @@ class Trainer:
             if stopping.stop:  # broken off: no number
                 del row["eval_loss"]
             else:
-                console.evaluation(step, row["eval_loss"], bits_per_byte(row["eval_loss"]))
+                console.evaluation(step, row["eval_loss"], bits(row["eval_loss"]), self.corpus.item)
         if metrics is not None:
             metrics.write(row)
         console.step(row)
@@ -291,7 +291,7 @@ class Trainer:
         )
 
     def evaluate(self) -> float:
-        """Mean held-out loss in nats per byte; NaN where the ranks have agreed to stop before its end."""
+        """Mean held-out loss in nats per byte or token; NaN where the ranks have agreed to stop before its end."""
         return evaluate(self.model, self._held_out, self.config, stop=self.stopping.agree_to_stop)
 
     def save(self, step: int) -> None:
@@ -314,7 +314,7 @@ class Trainer:
             ("mesh", f"dp {layout.dp.size} x cp {layout.cp.size}, strategy {layout.strategy}, order {layout.order}, "
                      f"{'parameters sharded, ' if layout.sharding is not None else ''}on {_device_name(self.mesh)}"),
             ("sequence", f"{self.seq_len:,} tokens, {segment.local_len:,} a rank"),
-            ("data", f"{self.corpus.name}: {len(self.corpus):,} bytes in {len(self.corpus.files):,} files"),
+            ("data", f"{self.corpus.name}: {len(self.corpus):,} {self.corpus.unit} in {len(self.corpus.files):,} files"),
             ("run", f"{config.train.steps:,} steps of {config.train.batch_size} sequences in {config.train.dtype}, from "
                     f"step {self.done_steps + 1}"),
             ("folder", str(self.out)),
@@ -329,8 +329,9 @@ class Trainer:
         results = {"step": row["step"], "loss": row["loss"], "failed_saves": self.saving.failed}
         lines = []
         if "eval_loss" in row:
-            results |= {"eval_loss": row["eval_loss"], "bits_per_byte": bits_per_byte(row["eval_loss"])}
-            lines.append(f"held-out: {results['bits_per_byte']:.2f} bits per byte")
+            held_out = bits(row["eval_loss"])
+            results |= {"eval_loss": row["eval_loss"], f"bits_per_{self.corpus.item}": held_out}
+            lines.append(f"held-out: {held_out:.2f} bits per {self.corpus.item}")
         self._write_run(results)
         console.finish(lines + self.on_end(self.out))
 

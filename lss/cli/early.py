@@ -1,0 +1,96 @@
+"""What can be refused before ranks meet and a model is built: settings, files, folder and memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from lss.config import Config
+from lss.config.errors import Refused, refuse
+from lss.mesh import pick_device_type, rank_environment
+
+
+def refuse_options(config: Config, nproc: int | None) -> None:
+    """Refuse what this machine cannot hold, and a kernel that it cannot run; of GPUs the ranks say it, not their launcher.
+
+    Raises:
+        Refused: in the words of `refuse_too_large` and `pick_kernel`.
+    """
+    import torch
+
+    from lss.kernels import pick_kernel
+    from lss.train.memory import refuse_too_large
+    from lss.train.steps import DTYPES
+
+    environment = rank_environment()
+    here = environment.local_world_size if environment else nproc or 1
+    device_type = pick_device_type(here)
+    if device_type == "cpu" or environment or here == 1:
+        refuse_too_large(config, device_type, here)
+        # attention would say it of its first queries, in step 1
+        head_size = config.model.d_model // config.model.n_heads
+        queries = torch.empty(1, 1, 1, head_size, dtype=DTYPES[config.train.dtype], device=device_type)
+        pick_kernel(config.parallel.kernel, queries)
+
+
+def refuse_folder(out: Path | str) -> None:
+    """Refuse a run's folder that cannot be made or written into; leaves nothing behind.
+
+    Raises:
+        Refused: naming the folder and the system's reason.
+    """
+    if not str(out).strip():
+        raise refuse("--out", "''", "give a folder")
+    out = Path(out)
+    try:
+        above = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
+        if not above.is_dir():
+            what = "a file of this name is there" if above == out else f"{above} is a file"
+            raise refuse("--out", out, f"{what}; give a folder")
+        with suppress(FileNotFoundError):
+            os.stat(out / "checkpoints" / "step_1000000000" / "manifest.json")  # a name too long, for one
+        # asking for permission tells too little: the superuser has it on a read-only disk as well
+        with tempfile.TemporaryFile(dir=above) as probe:
+            probe.write(b"\0")
+            probe.flush()
+    except Refused:
+        raise
+    except OSError as error:
+        fit = f"cannot be written ({error.strerror}); give a folder on a disk that can"
+        raise refuse("--out", _shown(out), fit) from None
+    except ValueError:  # what Python says of a NUL in a name
+        raise refuse("--out", _shown(out), "not the name of a folder; give one") from None
+
+
+def refuse_data(config: Config, scan: bool = True) -> None:
+    """Refuse data that the config cannot be trained on. `scan`: read all token ids, each rank of a host its share.
+
+    Raises:
+        Refused: by file and byte, or the split and the length that would fit.
+    """
+    from lss.data import EvalLoader, Loader, TokenCorpus, open_corpus
+    from lss.segment import make_segment
+    from lss.train.steps import loader_kind
+
+    train, parallel = config.train, config.parallel
+    corpus = open_corpus(config)
+    training, held_out = corpus.split(config.data.held_out)
+    assert isinstance(parallel.cp, int)
+    if not config.data.packing:
+        training.samples(config.data.seq_len)  # before anything of the sequence's length is made
+    segment = make_segment(config.data.seq_len, cp=parallel.cp, rank=0, order=parallel.order)
+    shared = {"seq_len": config.data.seq_len, "dp": parallel.dp, "dp_rank": 0, "segment": segment}
+    kind = loader_kind(config, None)
+    Loader(training, batch_size=train.batch_size, accumulate=train.accumulate, seed=train.seed, **shared, **kind)
+    if train.eval_every:
+        EvalLoader(held_out, samples=train.eval_samples, rows_per_batch=1, **shared, **kind)
+    if scan and isinstance(corpus, TokenCorpus):
+        environment = rank_environment()
+        corpus.scan(*((environment.local_rank, environment.local_world_size) if environment else (0, 1)))
+
+
+def _shown(text: object) -> str:
+    text = repr(str(text))
+    return text if len(text) < 300 else f"{text[:57]}...'"

@@ -1,0 +1,146 @@
+"""A corpus of token ids: `.bin` files of raw little-endian numbers, and `.npy` files of one dimension."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+
+from lss.config.errors import Refused, refuse
+from lss.data.sources import Corpus, Piece, file_size, find_files
+
+SUFFIXES = (".bin", ".npy")
+TOKEN_BYTES = (2, 4)
+_LARGEST_HEADER = 1 << 16  # characters; a header says a dtype and a shape
+_BLOCK = 1 << 20  # items at a time, so that memory does not grow with the files
+
+
+class TokenCorpus(Corpus):
+    """The token ids in some files, each file a document.
+
+    Args:
+        path: a file, a folder (its files that end in .bin or .npy, hidden ones left out), or a glob.
+        vocab_size: ids are below this.
+        token_bytes: of an id in a .bin file, 2 or 4; unsigned and little-endian. A .npy file says its own.
+
+    Raises:
+        Refused: nothing is there, a file cannot be read, is empty, cut off, of a size that no ids make, or a .npy file
+            that holds anything but whole numbers in one dimension; by its name and byte. Ids are not read: `scan` does.
+    """
+
+    unit, item = "tokens", "token"
+    dtype = np.dtype(np.int64)
+
+    def __init__(self, path: str, vocab_size: int, token_bytes: int = 2) -> None:
+        if not path:
+            raise refuse("data.path", "''", 'data.source="tokens" needs a file, a folder or a glob of .bin or .npy files')
+        base, files = find_files(path)
+        kept = [file for file in files if file.suffix in SUFFIXES]
+        if not kept:
+            fit = f"none of its {len(files)} files ends in .bin or .npy" if len(files) > 1 else "not a .bin or .npy file"
+            raise refuse("data.path", repr(path), f'{fit}; give files of token ids, or use data.source="bytes"')
+        pieces = [_npy(file) if file.suffix == ".npy" else _raw(file, token_bytes) for file in kept]
+        super().__init__(path, base, pieces)
+        self.vocab_size = vocab_size
+
+    def read_file(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Ids [start, stop) of one file: int64.
+
+        Raises:
+            Refused: the file is gone or shorter, or has an id that is not in the vocabulary.
+        """
+        ids = super().read_file(number, start, stop)
+        # a comparison as unsigned numbers finds the negative ones too
+        if ids.size and ids.view(np.uint64).max() >= self.vocab_size:
+            first = int(np.argmax(ids.view(np.uint64) >= self.vocab_size))
+            piece = self.pieces[number]
+            raise Refused(
+                f"{piece.file}: id {self._shown(number, start + first)} at token {start + first:,} (byte "
+                f"{piece.offset + (start + first) * piece.dtype.itemsize:,}) is not of the vocabulary, 0 to "
+                f"{self.vocab_size - 1} (model.vocab_size={self.vocab_size}); correct the file, or the setting."
+            )
+        return ids
+
+    def _shown(self, number: int, place: int) -> int:
+        """An id as the file has it, which int64 need not hold."""
+        return int(self._map(number)[place])
+
+    def scan(self, part: int = 0, parts: int = 1) -> None:
+        """Read every id once, by blocks, or those of every `parts`-th block from block `part` on.
+
+        Raises:
+            Refused: an id is not in the vocabulary, by file, place and byte.
+        """
+        block = 0
+        for number, size in enumerate(self.sizes):
+            for start in range(0, size, _BLOCK):
+                if block % parts == part:
+                    self.read_file(number, start, min(start + _BLOCK, size))
+                block += 1
+
+
+def _raw(file: Path, token_bytes: int) -> Piece:
+    size = file_size(file)
+    if not size:
+        raise Refused(f"{file}: empty at byte 0; a document has 1 token or more, so remove it or fill it.")
+    if size % token_bytes:
+        raise Refused(
+            f"{file}: {size:,} bytes do not make ids of data.token_bytes={token_bytes}, and the last begins at byte "
+            f"{size - size % token_bytes:,}; restore the file, or correct the setting."
+        )
+    return Piece(file, size // token_bytes, np.dtype(f"<u{token_bytes}"))
+
+
+def _npy(file: Path) -> Piece:
+    size = file_size(file)
+    if not size:
+        raise Refused(f"{file}: empty at byte 0; a document has 1 token or more, so remove it or fill it.")
+    shape, dtype, offset = _header(file)
+    if dtype.hasobject:
+        raise Refused(f"{file}: holds Python objects, which are never loaded; save whole numbers in one dimension.")
+    if len(shape) != 1:
+        raise Refused(f"{file}: has the shape {shape} (byte {offset:,} on); save it in one dimension.")
+    piece = Piece(file, shape[0], dtype, offset)
+    if size != piece.end:
+        what = "cut off" if size < piece.end else "goes on"
+        raise Refused(f"{file}: {what} at byte {min(size, piece.end):,}, and its header tells of {piece.end:,} bytes; "
+                      "save it anew.")  # fmt: skip
+    if dtype.kind not in "iu":
+        raise Refused(f"{file}: holds {dtype}, not whole numbers{_first_nan(piece)}; save ids as uint16, uint32 or int64.")
+    if not piece.count:
+        raise Refused(f"{file}: no ids after its header (byte {offset}); remove it or fill it.")
+    return piece
+
+
+def _header(file: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, dtype, bytes of the header); nothing is loaded by it."""
+    try:
+        with file.open("rb") as stream:
+            version = npy.read_magic(stream)
+            if version not in ((1, 0), (2, 0)):
+                raise ValueError(f"version {version[0]}.{version[1]}")
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, _, dtype = read(stream, max_header_size=_LARGEST_HEADER)
+            if min(shape, default=0) < 0:
+                raise ValueError(f"shape {shape}")
+            return shape, dtype, stream.tell()
+    except OSError as error:
+        raise refuse("data.path", file, f"cannot be read ({error.strerror})") from None
+    # what numpy raises for headers that are cut off, too long, or no header at all
+    except (ValueError, TypeError, SyntaxError, EOFError, RecursionError, MemoryError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:100].rstrip(".") or type(error).__name__
+        raise Refused(f"{file}: byte 0 begins no .npy header that can be read ({reason}); save it anew.") from None
+
+
+def _first_nan(piece: Piece) -> str:
+    """Where a file of floats has its first NaN, in words."""
+    if piece.dtype.kind != "f" or not piece.count:
+        return ""
+    values = np.memmap(piece.file, dtype=piece.dtype, mode="r", offset=piece.offset, shape=(piece.count,))
+    for start in range(0, piece.count, _BLOCK):
+        found = np.flatnonzero(np.isnan(values[start : start + _BLOCK]))
+        if len(found):
+            place = start + int(found[0])
+            return f", and NaN at item {place:,} (byte {piece.offset + place * piece.dtype.itemsize:,})"
+    return ""

@@ -1,0 +1,94 @@
+"""The least memory that a run takes, by arithmetic, against what the machine has: refused before anything is built."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from lss.config import Config
+from lss.config.errors import refuse
+from lss.model.size import parameter_count
+from lss.train.steps import parameter_dtype
+
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def state_bytes(config: Config) -> int:
+    """Bytes of a rank's weights, gradients and optimizer state."""
+    copies = 4 if config.optim.name == "adamw" else 2
+    count = parameter_count(config.model, config.data.seq_len)
+    return copies * count * parameter_dtype(config.train.dtype).itemsize
+
+
+def sequence_bytes(config: Config) -> int:
+    """The least that a rank holds of its tokens: every micro-batch's ids, and one's input of every block, for backward."""
+    assert isinstance(config.parallel.cp, int)
+    model, train = config.model, config.train
+    tokens = -(-config.data.seq_len // config.parallel.cp)
+    rows = train.batch_size // train.accumulate // config.parallel.dp
+    itemsize = 2 if train.dtype == "bfloat16" else parameter_dtype(train.dtype).itemsize
+    kept = model.n_layers if config.memory.offload == "none" else 1
+    # ids, labels and positions are int64
+    return rows * tokens * (24 * train.accumulate + model.d_model * kept * itemsize)
+
+
+def host_bytes() -> int:
+    """Memory of this host, or of the part of it that this process may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in _CGROUPS:
+        with suppress(OSError, ValueError):
+            total = min(total, int(Path(name).read_text()))
+    return total
+
+
+def refuse_too_large(config: Config, device_type: str, ranks_here: int) -> None:
+    """Refuse a model or sequences that cannot be held, whatever else is running.
+
+    Args:
+        config: resolved.
+        device_type: "cuda" for a GPU a rank; on "cpu" the host's ranks share its memory.
+        ranks_here: ranks on this host.
+
+    Raises:
+        Refused: naming the setting that asks for most, the bytes needed and those there are.
+    """
+    if device_type == "cuda":
+        there, sharing, where = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, 1, "the GPU"
+    else:
+        there, sharing, where = host_bytes(), ranks_here, "this host"
+    state, sequence = state_bytes(config) * sharing, sequence_bytes(config) * sharing
+    if state + sequence <= there:
+        return
+    of = f" of {sharing} ranks" if sharing > 1 else ""
+    if state >= sequence:
+        key, value = _largest_of_model(config)
+        what = f"weights, gradients and optimizer state{of} take {_size(state)}"
+    else:
+        key, value = _largest_of_sequence(config)
+        what = f"the tokens{of} and their block inputs take {_size(sequence)} or more"
+    raise refuse(key, value, f"{what}, and {where} has {_size(there)}; use less, or more ranks or memory")
+
+
+def _largest_of_model(config: Config) -> tuple[str, int]:
+    """The key whose value stands furthest above what is usual, since sizes multiply."""
+    model = config.model
+    usual = {"d_model": 4096, "n_layers": 32, "d_mlp": 14336, "vocab_size": 131072}
+    excess = {f"model.{key}": getattr(model, key) / size for key, size in usual.items()}
+    values = {f"model.{key}": getattr(model, key) for key in usual}
+    if model.positions == "learned":
+        excess["data.seq_len"], values["data.seq_len"] = config.data.seq_len / 131072, config.data.seq_len
+    key = max(excess, key=excess.__getitem__)
+    return key, values[key]
+
+
+def _largest_of_sequence(config: Config) -> tuple[str, int]:
+    rows = config.train.batch_size // config.train.accumulate // config.parallel.dp
+    longer = config.data.seq_len >= max(rows, config.train.accumulate)
+    return ("data.seq_len", config.data.seq_len) if longer else ("train.batch_size", config.train.batch_size)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lss.config.errors import Refused, refuse
+from lss.hosts import first_host, interface_towards, tasks_of_nodes
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,15 @@ class RankEnvironment:
     port: int
 
 
-# (name, variable that says it is this launcher, rank, world size, local rank, local world size)
+# (name, variable that says it is this launcher, rank, world size, local rank, local world size). The first whose mark is
+# set is the one: torchrun may run under srun, and so may mpirun's daemons; srun itself may set PMI_RANK, without a place.
 _LAUNCHERS = (
     ("torchrun", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
      "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("mpirun", "PMI_RANK", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("mpirun", "MPI_LOCALRANKID", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("srun", "SLURM_PROCID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE"),
+    ("mpirun", "PMI_RANK", "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
 )  # fmt: skip
 _DEFAULT_PORT = 29500
 
@@ -46,19 +49,30 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     if text is None:
         raise Refused(f"{name} is not set, though the other variables of its launcher are; start every rank through it.")
     try:
-        # Slurm writes lists such as "4(x2),3": the first count serves for the ranks of a node
-        return int(text.split("(")[0].split(",")[0])
+        return int(text)
     except ValueError:
         raise refuse(name, repr(text), "not a whole number") from None
 
 
-def _first_host(nodelist: str) -> str:
-    """First host of a Slurm list such as "gpu[003-010,12],login1"."""
-    head = nodelist.split(",")[0]
-    if "[" not in head:
-        return head
-    prefix, rest = head.split("[", 1)
-    return prefix + rest.rstrip("]").split("-")[0]
+def _tasks_of_this_node(environ: Mapping[str, str]) -> int | None:
+    """Ranks that srun started on this node; None where it does not say."""
+    name = next((n for n in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE") if environ.get(n)), None)
+    if name is None:
+        return None
+    try:
+        counts = tasks_of_nodes(environ[name])
+    except ValueError:
+        raise refuse(name, repr(environ[name]), 'not counts of tasks such as "4(x2),3"') from None
+    node = _number(environ, "SLURM_NODEID") if environ.get("SLURM_NODEID") else 0
+    if not 0 <= node < len(counts):
+        raise refuse("SLURM_NODEID", node, f"outside the {len(counts)} nodes of {name}={environ[name]}")
+    return counts[node]
+
+
+def _is_rank_of(launcher: str, environ: Mapping[str, str]) -> bool:
+    """Whether this process is a rank; a batch script is not, though Slurm gives it the number 0 among its tasks."""
+    in_step = environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEP_NUM_TASKS")
+    return launcher != "srun" or environ.get("ENVIRONMENT") != "BATCH" or bool(in_step)
 
 
 def _address(environ: Mapping[str, str], launcher: str, one_host: bool) -> str:
@@ -68,7 +82,7 @@ def _address(environ: Mapping[str, str], launcher: str, one_host: bool) -> str:
         return "127.0.0.1"
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if launcher == "srun" and nodes:
-        return _first_host(nodes)
+        return first_host(nodes)
     raise Refused(f"MASTER_ADDR is not set: {launcher} started ranks on several hosts; name the host of rank 0 in it.")
 
 
@@ -84,24 +98,30 @@ def _port(environ: Mapping[str, str]) -> int:
 
 
 def rank_environment(environ: Mapping[str, str] | None = None) -> RankEnvironment | None:
-    """Read the variables of torchrun, mpirun (Open MPI, MPICH) or srun; None where no launcher set any.
+    """Read the variables of torchrun, mpirun (Open MPI, MPICH, Intel MPI) or srun; None where no launcher set any.
 
     Raises:
         Refused: a variable is missing, not a number or out of range.
     """
     environ = os.environ if environ is None else environ
     for launcher, mark, rank_name, world_name, local_name, local_world_name in _LAUNCHERS:
-        if not environ.get(mark):
+        if not environ.get(mark) or not _is_rank_of(launcher, environ):
             continue
         if launcher == "srun" and environ.get("SLURM_STEP_NUM_TASKS"):
             world_name = "SLURM_STEP_NUM_TASKS"
         rank, world = _number(environ, rank_name), _number(environ, world_name)
-        local_world = _number(environ, local_world_name) if environ.get(local_world_name) else world
+        if launcher == "srun":
+            local_world = _tasks_of_this_node(environ) or world
+        else:
+            local_world = _number(environ, local_world_name) if environ.get(local_world_name) else world
         local_rank = _number(environ, local_name) if environ.get(local_name) else rank % local_world
         if not 0 <= rank < world:
             raise refuse(rank_name, rank, f"outside {world_name}={world}; ranks count from 0 to {world - 1}")
         address = _address(environ, launcher, one_host=local_world >= world)
         return RankEnvironment(launcher, rank, world, local_rank, local_world, address, _port(environ))
+    if environ.get("PMIX_RANK"):
+        fit = "its launcher does not say how many ranks it started; use mpirun, srun or torchrun, or set RANK, WORLD_SIZE, "
+        raise refuse("PMIX_RANK", environ["PMIX_RANK"], fit + "LOCAL_RANK and LOCAL_WORLD_SIZE for every rank")
     return None
 
 
@@ -145,9 +165,11 @@ def _init_process_group(device_type: str | None, timeout: timedelta) -> str:
         raise refuse("MASTER_ADDR", environment.address, fit) from None
     if device_type == "cuda":
         torch.cuda.set_device(environment.local_rank)
-    if environment.address in ("127.0.0.1", "localhost"):
-        # gloo otherwise announces the host's outer address, which need not resolve
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if os.path.exists("/sys/class/net/lo") else "lo0")
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        # gloo would announce the address that the host's name stands for, often its loopback, and need not resolve at all
+        interface = interface_towards(environment.address, environment.local_world_size < environment.world_size)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
         store = _agent_store(environment, timeout)
         url = "env://" if environment.launcher == "torchrun" else f"tcp://{environment.address}:{environment.port}"

@@ -20,6 +20,7 @@ SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_T
         "SLURM_JOB_NODELIST": "gpu[003-004,9]", "SLURM_JOB_ID": "77"}  # fmt: skip
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
            "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
+BATCH = SRUN | {"SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}
 HYDRA = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
 
 
@@ -32,6 +33,21 @@ HYDRA = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRA
         (OPENMPI, ("mpirun", 1, 2, 1, 2, "127.0.0.1", 29500)),
         (HYDRA, ("mpirun", 0, 2, 0, 2, "127.0.0.1", 29500)),
         (HYDRA | {"MASTER_ADDR": "h", "MASTER_PORT": "99"}, ("mpirun", 0, 2, 0, 2, "h", 99)),
+        # nodes of unequal size, and a step on other nodes than the job's first
+        (SRUN | {"SLURM_NTASKS": "11", "SLURM_TASKS_PER_NODE": "4(x2),3", "SLURM_PROCID": "9", "SLURM_NODEID": "2"},
+         ("srun", 9, 11, 1, 3, "gpu003", 29577)),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_STEP_NODELIST": "rack[2-3]node[01-02]"},
+         ("srun", 5, 8, 1, 2, "rack2node01", 29577)),
+        # mpirun of either kind whose daemons srun started, srun with PMI-2 or PMIx, and torchrun under srun
+        (SRUN | OPENMPI | {"MASTER_ADDR": "h", "MASTER_PORT": "1"}, ("mpirun", 1, 2, 1, 2, "h", 1)),
+        (SRUN | HYDRA | {"MASTER_ADDR": "h", "MASTER_PORT": "1"}, ("mpirun", 0, 2, 0, 2, "h", 1)),
+        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}, ("srun", 5, 8, 1, 4, "gpu003", 29577)),
+        (SRUN | {"PMIX_RANK": "5"}, ("srun", 5, 8, 1, 4, "gpu003", 29577)),
+        (SRUN | TORCHRUN, ("torchrun", 3, 4, 1, 2, "node1", 1234)),
+        (OPENMPI | {"PMIX_RANK": "1"}, ("mpirun", 1, 2, 1, 2, "127.0.0.1", 29500)),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "2", "MASTER_ADDR": "h"},
+         ("mpirun", 3, 4, 1, 2, "h", 29500)),
+        (BATCH | {"SLURM_STEP_ID": "0"}, ("srun", 0, 8, 1, 4, "gpu003", 29577)),
     ],
 )
 def test_launchers(environ, expected):
@@ -44,6 +60,10 @@ def test_no_launcher_is_one_rank():
     assert rank_environment({}) is None
 
 
+def test_a_batch_script_is_no_rank():
+    assert rank_environment(BATCH) is None
+
+
 @pytest.mark.parametrize(
     "environ, words",
     [
@@ -52,6 +72,9 @@ def test_no_launcher_is_one_rank():
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
         (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
         (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "8"}, "MASTER_ADDR is not set"),
+        ({"PMIX_RANK": "1"}, "PMIX_RANK=1: its launcher does not say how many"),
+        (SRUN | {"SLURM_TASKS_PER_NODE": "4(x2"}, "SLURM_TASKS_PER_NODE='4\\(x2'"),
+        (SRUN | {"SLURM_NODEID": "2"}, "SLURM_NODEID=2"),
     ],
 )
 def test_wrong_variables_are_refused_by_name(environ, words):

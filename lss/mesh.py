@@ -13,6 +13,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lss.config.errors import Refused, refuse
 from lss.hosts import first_host, interface_towards, tasks_of_nodes
@@ -207,7 +208,7 @@ def init_mesh(
         cp: ranks that share one sequence.
         dp: groups that take different sequences.
         device_type: "cuda" (NCCL) or "cpu" (gloo); by default CUDA where the host has a GPU for each of its ranks.
-        timeout: after which a collective that not all ranks reach is given up.
+        timeout: after which a collective that not all ranks reach is given up, in every group of the mesh.
         ranks_per_node: neighbours that share a host, which matters where a cp group spans several: keys and values then
             enter a host once. By default what the launcher says (LOCAL_WORLD_SIZE and its like), if it starts equally
             many neighbours on each host; otherwise all ranks count as one host's.
@@ -238,8 +239,16 @@ def init_mesh(
         raise refuse("ranks_per_node", ranks_per_node, f"give a number that divides cp={cp}, or that cp divides")
     mesh = init_device_mesh(device_type, (dp, cp), mesh_dim_names=("dp", "cp"))
     rows = [list(range(first, first + cp)) for first in range(0, ranks, cp)]
-    setattr(mesh, _PLACES, _Places(ranks_per_node or _launched_per_node(device_type), rows))
+    for axis in ("dp", "cp"):
+        _limit(mesh.get_group(axis), timeout)
+    setattr(mesh, _PLACES, _Places(ranks_per_node or _launched_per_node(device_type), rows, timeout))
     return mesh
+
+
+def _limit(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Give a group its timeout: torch makes groups with its own, 10 to 30 minutes, whatever the first group's is."""
+    if group is not dist.group.WORLD and dist.get_backend(group) in ("gloo", "nccl"):
+        _set_pg_timeout(timeout, group)
 
 
 # What is known of a mesh besides its axes is an attribute of it, and ends with it.
@@ -248,11 +257,12 @@ _PLACES = "_lss_places"
 
 @dataclass
 class _Places:
-    """`per_node`: neighbours that share a node; `rows`: the ranks of each cp group; `groups`: the sub-groups of the cp axis
-    made so far, by size and stride."""
+    """`per_node`: neighbours that share a node; `rows`: the ranks of each cp group; `timeout`: of every group of the mesh,
+    where known; `groups`: the sub-groups of the cp axis made so far, by size and stride."""
 
     per_node: int
     rows: list[list[int]] | None = None
+    timeout: timedelta | None = None
     groups: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict)
 
 
@@ -331,7 +341,7 @@ def sub_group(mesh: DeviceMesh, size: int, stride: int) -> dist.ProcessGroup | N
         if sum(map(len, ranks)) != dist.get_world_size():
             raise refuse("mesh", tuple(mesh.mesh.shape), "part of one cannot be cut further; give the whole mesh")
         for members in rank_groups(ranks, size, stride):  # every rank takes part in making every group
-            group = dist.new_group(members)
+            group = dist.new_group(members, timeout=_places(mesh).timeout)
             if dist.get_rank() in members:
                 groups[size, stride] = cast(dist.ProcessGroup, group)
     return groups[size, stride]
@@ -358,7 +368,12 @@ def axis_group(mesh: DeviceMesh, axes: Sequence[str]) -> dist.ProcessGroup | Non
 def flat_mesh(mesh: DeviceMesh, axes: Sequence[str]) -> DeviceMesh:
     """These axes of the mesh as one, ranks in their order; the group behind it is `axis_group`'s."""
     wide = [axis for axis in axes if mesh[axis].size() > 1] or list(axes[:1])
-    return mesh[wide[0]] if len(wide) == 1 else mesh[tuple(axes)]._flatten("_".join(axes))
+    if len(wide) == 1:
+        return mesh[wide[0]]
+    flat = mesh[tuple(axes)]._flatten("_".join(axes))
+    if (timeout := _places(mesh).timeout) is not None:
+        _limit(flat.get_group(), timeout)
+    return flat
 
 
 def close() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import lss
@@ -226,3 +229,25 @@ def test_a_mesh_of_torch_s_own_counts_as_one_node():
 
 def test_groups_are_made_once_a_mesh():
     assert pool(4).run(_kept_groups) == [(True, False, True)] * 4
+
+
+def _alone_in_a_collective(which):
+    """How rank 0 fares that alone of all ranks begins a collective, in a mesh with little patience."""
+    mesh = lss.init_mesh(cp=2, dp=2, timeout=timedelta(seconds=0.5))
+    row = lss.init_mesh(cp=4, timeout=timedelta(seconds=0.5))
+    group = {"cp": mesh.get_group("cp"), "dp": mesh.get_group("dp"), "part": sub_group(row, 2, 1)}[which]
+    if dist.get_rank():
+        return None
+    try:
+        dist.all_reduce(torch.zeros(1), group=group)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("which", ["cp", "dp", "part"])
+def test_the_timeout_holds_in_every_group(which):
+    started = time.monotonic()
+    found = pool(4).run(_alone_in_a_collective, which)
+    assert "imed out" in found[0], found
+    assert time.monotonic() - started < 10

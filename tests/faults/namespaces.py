@@ -13,6 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+# a host knows neither the other's processes nor its name
+APART = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c",
+         'echo "$1" > /proc/sys/kernel/hostname; shift; exec "$@"', "sh"]  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -29,8 +32,8 @@ def _ip(*arguments: str) -> None:
 class TwoHosts:
     """Two namespaces, `names`, with an address each; processes started by `start` run in one of them.
 
-    Both have this machine's files, process numbers and host name, as hosts with a shared file system do, and an
-    interface of their own: `cable0` and `cable1`.
+    Each has an interface, a name and process numbers of its own; `cable0` and `cable1` are the interfaces. The files are
+    this machine's, as where hosts share a file system.
     """
 
     def __init__(self) -> None:
@@ -43,8 +46,9 @@ class TwoHosts:
         Raises:
             Unavailable: no `ip` command, or it may not.
         """
-        if shutil.which("ip") is None:
-            raise Unavailable("there is no ip command")
+        missing = [command for command in ("ip", "unshare") if shutil.which(command) is None]
+        if missing:
+            raise Unavailable(f"there is no {missing[0]} command")
         for name in self.names:
             _ip("netns", "add", name)
         first, second = self.names
@@ -52,7 +56,16 @@ class TwoHosts:
         for host, name in enumerate(self.names):
             _ip("-n", name, "addr", "add", f"{ADDRESSES[host]}/24", "dev", f"cable{host}")
             _ip("-n", name, "link", "set", "lo", "up")
+            self._try(host)
         self.join()
+
+    def _try(self, host: int) -> None:
+        done = subprocess.run(self._inside(host, ["true"]), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Unavailable(f"unshare: {done.stderr.strip()}")
+
+    def _inside(self, host: int, command: Sequence[str]) -> list[str]:
+        return ["ip", "netns", "exec", self.names[host], *APART, f"host{host}", *command]
 
     def cut(self) -> None:
         """Cut the cable: nothing arrives any more, and nobody is told that connections are gone."""
@@ -72,7 +85,7 @@ class TwoHosts:
         given |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environ or {})}
         with log.open("wb") as file:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.names[host], *command],
+                self._inside(host, command),
                 cwd=log.parent, env=given, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.processes.append(process)
@@ -126,7 +139,7 @@ def torchrun(host: int, port: int, arguments: Sequence[str], *, static: bool) ->
     if static:
         node += [f"--node-rank={host}", f"--master-addr={ADDRESSES[0]}", f"--master-port={port}"]
     else:
-        # both have the machine's name, so each says by which address it is reached
+        # their names are in no directory, so each says by which address it is reached
         node += ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:{port}", f"--local-addr={ADDRESSES[host]}",
                  f"--rdzv-conf=is_host={'true' if host == 0 else 'false'}"]  # fmt: skip
     return [*TORCHRUN, *node, "-m", "lss", *arguments]

@@ -276,9 +276,12 @@ class Soak:
             assert saved_step(out) == end, run.said()
         return out
 
-    def check(self) -> None:
-        """Compare with the runs without faults."""
-        same, one = self.reference("same layouts", self.layouts), self.reference("one layout", self.layouts[:1])
+    def references(self) -> tuple[Path, Path]:
+        """The runs without faults: in the same layouts, and in one."""
+        return self.reference("same layouts", self.layouts), self.reference("one layout", self.layouts[:1])
+
+    def compare(self, same: Path, one: Path) -> None:
+        """Hold the run to those without faults."""
         rows, weights = zip(*(outcome(out) for out in (self.out, same, one)), strict=True)
         assert [row["step"] for row in rows[0]] == list(range(1, self.steps + 1)), "a step is missing, or twice there"
         keys = ("step", "loss", "grad_norm", "lr", "tokens_counted")
@@ -346,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
     soak = Soak(folder, steps=steps, seconds=seconds, faults=faults, kinds=chosen, seed=options.seed)
     wall = soak.run()
     print(soak.table(wall), flush=True)
-    soak.check()
+    soak.compare(*soak.references())
     hung = [fault for fault in soak.faults if fault.hung]
     if hung:
         print(f"{len(hung)} faults left ranks that did not end by themselves")

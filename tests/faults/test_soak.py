@@ -10,20 +10,19 @@ from tests.faults.soak import Soak
 
 
 def test_a_short_soak(tmp_path):
-    soak = Soak(tmp_path / "soak", steps=40, seconds=0.01, faults=3, kinds=["kill", "layout", "kill in a save"], seed=3)
+    soak = Soak(tmp_path / "soak", steps=40, seconds=0.01, faults=2, kinds=["layout", "kill in a save"], seed=3)
     wall = soak.run()
-    assert sorted(fault.kind for fault in soak.faults) == ["kill", "kill in a save", "layout"]
+    assert sorted(fault.kind for fault in soak.faults) == ["kill in a save", "layout"]
     assert not any(fault.hung for fault in soak.faults)
     assert len(soak.layouts) == 2
     assert soak.computed >= 40
     assert "40 steps kept" in soak.table(wall)
-    soak.check()
+    references = soak.references()
+    soak.compare(*references)
     # a loss that is off in its last digits is found
     metrics = soak.out / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     rows[20]["loss"] *= 1 + 1e-15
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for out in ("same layouts", "one layout"):
-        (soak.folder / f"{out}.safetensors").unlink()
     with pytest.raises(AssertionError, match="step 21 differs"):
-        soak.check()
+        soak.compare(*references)

@@ -24,10 +24,10 @@ import torch
 from safetensors.torch import load_file
 
 from lss.cli import main as lss
-from lss.config.sections import known_keys
 from tests.faults.ranks import SMALL, Run
 
 RANKS = 4
+KINDS = ["kill", "kill in a save", "stop", "TERM to a rank", "TERM to the launcher", "USR1", "disk full", "layout"]
 LAYOUTS = ((4, 1), (2, 2), (1, 4))  # cp x dp
 GRACE = 60.0  # seconds after which ranks that have not ended by themselves are ended and counted as hung
 TIMEOUT = 20.0  # train.timeout
@@ -145,9 +145,8 @@ class Soak:
     # -- starting ---------------------------------------------------------------------------------------------------------
 
     def overrides(self, layout: tuple[int, int], every: int = 10) -> list[str]:
-        named = [f"train.steps={self.steps}", f"parallel.cp={layout[0]}", f"parallel.dp={layout[1]}",
-                 f"checkpoint.every={every}"]  # fmt: skip
-        return named + ([f"train.timeout={TIMEOUT:g}"] if "train.timeout" in known_keys() else [])
+        return [f"train.steps={self.steps}", f"parallel.cp={layout[0]}", f"parallel.dp={layout[1]}",
+                f"checkpoint.every={every}", f"train.timeout={TIMEOUT:g}"]  # fmt: skip
 
     def start(self, launcher: bool) -> Run | Launched:
         overrides = self.overrides(self.layouts[-1][1])
@@ -324,14 +323,6 @@ def outcome(out: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return rows, load_file(exported)
 
 
-def kinds() -> list[str]:
-    """Faults that this version is to come through."""
-    found = ["kill", "kill in a save", "disk full", "layout"]
-    if "train.timeout" in known_keys():  # ranks that watch each other, and hear signals
-        found += ["stop", "TERM to a rank", "TERM to the launcher", "USR1"]
-    return found
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30, help="about how long the run takes, one fault a minute")
@@ -343,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     steps, seconds, faults = int(100 * options.minutes), 0.3, max(1, round(options.minutes))
     if options.faults:
         steps, seconds, faults = 15 * options.faults, 0.03, options.faults
-    chosen = options.kinds.split(",") if options.kinds else kinds()
+    chosen = options.kinds.split(",") if options.kinds else KINDS
     folder = Path(tempfile.mkdtemp(prefix="lss-soak-"))
     print(f"{steps} steps, {faults} faults, seed {options.seed}, in {folder}", flush=True)
     soak = Soak(folder, steps=steps, seconds=seconds, faults=faults, kinds=chosen, seed=options.seed)

@@ -76,7 +76,10 @@ class Launched:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
                                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-        self.pid = self._process.pid
+
+    def signal(self, rank: int, number: int) -> None:
+        """To the launcher, whichever rank is asked for."""
+        self._process.send_signal(number)
 
     def codes(self) -> list[int | None]:
         return [self._process.poll()]
@@ -86,7 +89,7 @@ class Launched:
 
     def end(self) -> None:
         if self._process.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def said(self) -> str:
@@ -164,8 +167,8 @@ class Soak:
         began = time.monotonic()
         while saved_step(self.out) < self.steps:
             started = saved_step(self.out)
-            launcher = bool(self.todo) and self.todo[0][1] == "TERM to the launcher"
-            run = self.start(launcher)
+            ending = next((kind for _, kind in self.todo if kind != "USR1"), "")  # what this start will end by
+            run = self.start(ending == "TERM to the launcher")
             try:
                 before = len(self.faults)
                 while (fault := self.next_fault(run)) is not None and not self.strike(run, fault):
@@ -224,7 +227,7 @@ class Soak:
         elif fault.kind == "TERM to a rank":
             run.signal(rank, signal.SIGTERM)
         elif fault.kind == "TERM to the launcher":
-            os.kill(run.pid, signal.SIGTERM)
+            run.signal(0, signal.SIGTERM)
         elif fault.kind == "disk full":
             (self.orders / "full").touch()
         elif fault.kind == "layout":

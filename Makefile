@@ -8,8 +8,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := runs/demo
 
 FUZZ_RUNS ?= 5
+MINUTES ?= 30
+SEED ?= 0
+FAULTS ?= 0
 
-.PHONY: help venv demo test fuzz mutants lint clean
+.PHONY: help venv demo test fuzz mutants soak lint clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -45,6 +48,9 @@ fuzz: venv  ## run the tests of drawn inputs with new draws, FUZZ_RUNS=5 times
 
 mutants: venv  ## plant known faults and show that the suite catches each
 	@$(BIN)/python tests/mutants/run.py
+
+soak: venv  ## train under random faults for about MINUTES=30, or through FAULTS=200 of them; SEED=0 draws them
+	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) --faults $(FAULTS) --seed $(SEED)
 
 lint: venv  ## ruff, import contracts, types
 	@test -x $(BIN)/ruff -a -x $(BIN)/pyright -a -x $(BIN)/pre-commit || $(PIP) install -q -c constraints.txt -e '.[dev]'

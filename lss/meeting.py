@@ -44,15 +44,6 @@ class Place:
         return f"MASTER_ADDR={self.address}, MASTER_PORT={self.port}"
 
 
-def is_loopback(address: str) -> bool:
-    """Whether this names a host's own loopback, by number or as "localhost"."""
-    if address == "localhost":
-        return True
-    with suppress(ValueError):
-        return ipaddress.ip_address(address).is_loopback
-    return False
-
-
 def listen(address: str, port: int) -> socket.socket:
     """A listening socket for a store: on loopback or another address where that is given, for a name on all interfaces.
 

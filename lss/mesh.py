@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import cast
@@ -12,124 +12,12 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lss.config.errors import Refused, refuse
-from lss.meeting import RENDEZVOUS, Place, agent_round, first_to_say, is_loopback, meet
-
-
-@dataclass(frozen=True)
-class RankEnvironment:
-    """What a launcher told this process: its place among all ranks and where they meet."""
-
-    launcher: str
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    address: str
-    port: int
-
-    def place(self) -> Place:
-        """Where this rank meets the others."""
-        return Place(self.rank, self.world_size, self.address, self.port, agent_round())
-
-
-# (name, variable that says it is this launcher, rank, world size, local rank, local world size)
-_LAUNCHERS = (
-    ("torchrun", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
-     "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("mpirun", "PMI_RANK", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    ("srun", "SLURM_PROCID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE"),
-)  # fmt: skip
-_DEFAULT_PORT = 29500
-
-
-def _number(environ: Mapping[str, str], name: str) -> int:
-    text = environ.get(name)
-    if text is None:
-        raise Refused(f"{name} is not set, though the other variables of its launcher are; start every rank through it.")
-    try:
-        # Slurm writes lists such as "4(x2),3": the first count serves for the ranks of a node
-        return int(text.split("(")[0].split(",")[0])
-    except ValueError:
-        raise refuse(name, repr(text), "not a whole number") from None
-
-
-def _first_host(nodelist: str) -> str:
-    """First host of a Slurm list such as "gpu[003-010,12],login1"."""
-    head = nodelist.split(",")[0]
-    if "[" not in head:
-        return head
-    prefix, rest = head.split("[", 1)
-    return prefix + rest.rstrip("]").split("-")[0]
-
-
-def _address(environ: Mapping[str, str], launcher: str, one_host: bool) -> str:
-    if environ.get("MASTER_ADDR"):
-        return environ["MASTER_ADDR"]
-    if launcher == "torchrun":
-        raise Refused("MASTER_ADDR is not set, though RANK is: name the host of rank 0 in it, 127.0.0.1 for one host.")
-    if one_host:
-        return "127.0.0.1"
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-    if launcher == "srun" and nodes:
-        return _first_host(nodes)
-    raise Refused(f"MASTER_ADDR is not set: {launcher} started ranks on several hosts; name the host of rank 0 in it.")
-
-
-def _port(environ: Mapping[str, str], launcher: str) -> int:
-    if environ.get("MASTER_PORT"):
-        port = _number(environ, "MASTER_PORT")
-        if not 0 < port < 65536:
-            raise refuse("MASTER_PORT", port, "not a port; use 1 to 65535, better 1024 or more")
-        return port
-    if launcher == "torchrun":
-        raise Refused("MASTER_PORT is not set, though RANK is: give every rank the same free port, 1024 to 65535.")
-    # every rank of a job knows its number, and two jobs on one host then meet at different ports
-    job = environ.get("SLURM_JOB_ID", "0")
-    return _DEFAULT_PORT + (int(job) % 10000 if job.isdigit() else 0)
-
-
-def _refuse_places(launcher: str, ranks: tuple[int, str, int], local: tuple[str, int], on_host: tuple[str, int]) -> None:
-    """Refuse a place on this host that contradicts itself, or the place among all ranks."""
-    rank, world_name, world = ranks
-    if launcher == "srun":  # which counts the job's tasks, and these may be a step's
-        return
-    if not 1 <= on_host[1] <= world:
-        raise refuse(on_host[0], on_host[1], f"a host has 1 rank or more, and at most all of {world_name}={world}")
-    if not 0 <= local[1] < on_host[1]:
-        raise refuse(local[0], local[1], f"outside {on_host[0]}={on_host[1]}; ranks of a host count from 0")
-    if launcher == "torchrun" and local[1] > rank:
-        raise refuse(local[0], local[1], f"more than this rank's number among all, RANK={rank}")
-
-
-def rank_environment(environ: Mapping[str, str] | None = None) -> RankEnvironment | None:
-    """Read the variables of torchrun, mpirun (Open MPI, MPICH) or srun; None where no launcher set any.
-
-    Raises:
-        Refused: a variable is missing, not a number or out of range.
-    """
-    environ = os.environ if environ is None else environ
-    for launcher, mark, rank_name, world_name, local_name, local_world_name in _LAUNCHERS:
-        if not environ.get(mark):
-            continue
-        if launcher == "srun" and environ.get("SLURM_STEP_NUM_TASKS"):
-            world_name = "SLURM_STEP_NUM_TASKS"
-        rank, world = _number(environ, rank_name), _number(environ, world_name)
-        local_world = _number(environ, local_world_name) if environ.get(local_world_name) else world
-        local_rank = _number(environ, local_name) if environ.get(local_name) else rank % max(local_world, 1)
-        if world < 1:
-            raise refuse(world_name, world, "a run has 1 rank or more")
-        if not 0 <= rank < world:
-            raise refuse(rank_name, rank, f"outside {world_name}={world}; ranks count from 0 to {world - 1}")
-        _refuse_places(launcher, (rank, world_name, world), (local_name, local_rank), (local_world_name, local_world))
-        address = _address(environ, launcher, one_host=local_world >= world)
-        return RankEnvironment(launcher, rank, world, local_rank, local_world, address, _port(environ, launcher))
-    for name in ("WORLD_SIZE", "LOCAL_RANK"):
-        if environ.get(name) and (name == "LOCAL_RANK" or environ[name] != "1"):
-            raise refuse(name, environ[name], "RANK is not set beside it; start every rank through a launcher, or unset it")
-    return None
+from lss.environment import rank_environment
+from lss.hosts import interface_towards, is_loopback
+from lss.meeting import RENDEZVOUS, first_to_say, meet
 
 
 def world_size() -> int:
@@ -158,11 +46,12 @@ def _init_process_group(device_type: str | None, timeout: timedelta, rendezvous:
         return device_type, None
     if device_type == "cuda":
         torch.cuda.set_device(environment.local_rank)
-    if is_loopback(environment.address):
-        # both otherwise announce, and listen at, the host's outer address, which need not resolve
-        interface = "lo" if os.path.exists("/sys/class/net/lo") else "lo0"
+    # both would announce the address that the host's name stands for, often its loopback, and need not resolve at all
+    interface = interface_towards(environment.address, environment.local_world_size < environment.world_size)
+    if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        if is_loopback(environment.address):  # between hosts NCCL finds its own way, which may be a faster one
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     place = environment.place()
     store = meet(place, rendezvous)
     store.set_timeout(timeout)
@@ -202,7 +91,7 @@ def init_mesh(
         cp: ranks that share one sequence.
         dp: groups that take different sequences.
         device_type: "cuda" (NCCL) or "cpu" (gloo); by default CUDA where the host has a GPU for each of its ranks.
-        timeout: after which a collective that not all ranks reach is given up.
+        timeout: after which a collective that not all ranks reach is given up, in every group of the mesh.
         rendezvous: how long ranks wait for one another here.
         ranks_per_node: neighbours that share a host, which matters where a cp group spans several: keys and values then
             enter a host once. By default what the launcher says (LOCAL_WORLD_SIZE and its like), if it starts equally
@@ -235,8 +124,16 @@ def init_mesh(
         raise refuse("ranks_per_node", ranks_per_node, f"give a number that divides cp={cp}, or that cp divides")
     mesh = init_device_mesh(device_type, (dp, cp), mesh_dim_names=("dp", "cp"))
     rows = [list(range(first, first + cp)) for first in range(0, ranks, cp)]
-    setattr(mesh, _PLACES, _Places(ranks_per_node or _launched_per_node(device_type), rows, store=store))
+    for axis in ("dp", "cp"):
+        _limit(mesh.get_group(axis), timeout)
+    setattr(mesh, _PLACES, _Places(ranks_per_node or _launched_per_node(device_type), rows, timeout, store=store))
     return mesh
+
+
+def _limit(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Give a group its timeout: torch makes groups with its own, 10 to 30 minutes, whatever the first group's is."""
+    if group is not dist.group.WORLD and dist.get_backend(group) in ("gloo", "nccl"):
+        _set_pg_timeout(timeout, group)
 
 
 # What is known of a mesh besides its axes is an attribute of it, and ends with it.
@@ -245,11 +142,13 @@ _PLACES = "_lss_places"
 
 @dataclass
 class _Places:
-    """`per_node`: neighbours that share a node; `rows`: the ranks of each cp group; `groups`: the sub-groups of the cp axis
-    made so far, by size and stride; `store`: what the ranks met through."""
+    """`per_node`: neighbours that share a node; `rows`: the ranks of each cp group; `timeout`: of every group of the mesh,
+    where known; `groups`: the sub-groups of the cp axis made so far, by size and stride; `store`: what the ranks met
+    through."""
 
     per_node: int
     rows: list[list[int]] | None = None
+    timeout: timedelta | None = None
     groups: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict)
     store: dist.Store | None = None
 
@@ -293,6 +192,11 @@ def ranks_per_node(mesh: DeviceMesh) -> int:
     return _places(mesh).per_node
 
 
+def timeout_of(mesh: DeviceMesh) -> timedelta | None:
+    """What `init_mesh` was given for every group of the mesh; None where it was not made by it."""
+    return _places(mesh).timeout
+
+
 def cp_ranks_per_node(mesh: DeviceMesh) -> int:
     """How many ranks of a cp group share a node; all where they lie on one, or unequally on several."""
     cp, per_node = cp_size(mesh), _places(mesh).per_node
@@ -329,7 +233,7 @@ def sub_group(mesh: DeviceMesh, size: int, stride: int) -> dist.ProcessGroup | N
         if sum(map(len, ranks)) != dist.get_world_size():
             raise refuse("mesh", tuple(mesh.mesh.shape), "part of one cannot be cut further; give the whole mesh")
         for members in rank_groups(ranks, size, stride):  # every rank takes part in making every group
-            group = dist.new_group(members)
+            group = dist.new_group(members, timeout=_places(mesh).timeout)
             if dist.get_rank() in members:
                 groups[size, stride] = cast(dist.ProcessGroup, group)
     return groups[size, stride]
@@ -356,7 +260,12 @@ def axis_group(mesh: DeviceMesh, axes: Sequence[str]) -> dist.ProcessGroup | Non
 def flat_mesh(mesh: DeviceMesh, axes: Sequence[str]) -> DeviceMesh:
     """These axes of the mesh as one, ranks in their order; the group behind it is `axis_group`'s."""
     wide = [axis for axis in axes if mesh[axis].size() > 1] or list(axes[:1])
-    return mesh[wide[0]] if len(wide) == 1 else mesh[tuple(axes)]._flatten("_".join(axes))
+    if len(wide) == 1:
+        return mesh[wide[0]]
+    flat = mesh[tuple(axes)]._flatten("_".join(axes))
+    if (timeout := _places(mesh).timeout) is not None:
+        _limit(flat.get_group(), timeout)
+    return flat
 
 
 def close() -> None:

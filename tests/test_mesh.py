@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import lss
 from lss.config.errors import Refused
-from lss.mesh import rank_environment, rank_groups, same_everywhere, sub_group
+from lss.environment import rank_environment
+from lss.mesh import rank_groups, same_everywhere, sub_group
 from tests.distributed.pool import pool
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1",
@@ -20,6 +24,7 @@ SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_T
         "SLURM_JOB_NODELIST": "gpu[003-004,9]", "SLURM_JOB_ID": "77"}  # fmt: skip
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
            "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
+BATCH = SRUN | {"SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}
 HYDRA = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
 
 
@@ -32,6 +37,21 @@ HYDRA = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRA
         (OPENMPI, ("mpirun", 1, 2, 1, 2, "127.0.0.1", 29500)),
         (HYDRA, ("mpirun", 0, 2, 0, 2, "127.0.0.1", 29500)),
         (HYDRA | {"MASTER_ADDR": "h", "MASTER_PORT": "99"}, ("mpirun", 0, 2, 0, 2, "h", 99)),
+        # nodes of unequal size, and a step on other nodes than the job's first
+        (SRUN | {"SLURM_NTASKS": "11", "SLURM_TASKS_PER_NODE": "4(x2),3", "SLURM_PROCID": "9", "SLURM_NODEID": "2"},
+         ("srun", 9, 11, 1, 3, "gpu003", 29577)),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_STEP_NODELIST": "rack[2-3]node[01-02]"},
+         ("srun", 5, 8, 1, 2, "rack2node01", 29577)),
+        # mpirun of either kind whose daemons srun started, srun with PMI-2 or PMIx, and torchrun under srun
+        (SRUN | OPENMPI | {"MASTER_ADDR": "h", "MASTER_PORT": "1"}, ("mpirun", 1, 2, 1, 2, "h", 1)),
+        (SRUN | HYDRA | {"MASTER_ADDR": "h", "MASTER_PORT": "1"}, ("mpirun", 0, 2, 0, 2, "h", 1)),
+        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}, ("srun", 5, 8, 1, 4, "gpu003", 29577)),
+        (SRUN | {"PMIX_RANK": "5"}, ("srun", 5, 8, 1, 4, "gpu003", 29577)),
+        (SRUN | TORCHRUN, ("torchrun", 3, 4, 1, 2, "node1", 1234)),
+        (OPENMPI | {"PMIX_RANK": "1"}, ("mpirun", 1, 2, 1, 2, "127.0.0.1", 29500)),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "2", "MASTER_ADDR": "h"},
+         ("mpirun", 3, 4, 1, 2, "h", 29500)),
+        (BATCH | {"SLURM_STEP_ID": "0"}, ("srun", 0, 8, 1, 4, "gpu003", 29577)),
     ],
 )
 def test_launchers(environ, expected):
@@ -44,6 +64,10 @@ def test_no_launcher_is_one_rank():
     assert rank_environment({}) is None
 
 
+def test_a_batch_script_is_no_rank():
+    assert rank_environment(BATCH) is None
+
+
 @pytest.mark.parametrize(
     "environ, words",
     [
@@ -52,6 +76,9 @@ def test_no_launcher_is_one_rank():
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
         (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
         (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "8"}, "MASTER_ADDR is not set"),
+        ({"PMIX_RANK": "1"}, "PMIX_RANK=1: its launcher does not say how many"),
+        (SRUN | {"SLURM_TASKS_PER_NODE": "4(x2"}, "SLURM_TASKS_PER_NODE='4\\(x2'"),
+        (SRUN | {"SLURM_NODEID": "2"}, "SLURM_NODEID=2"),
     ],
 )
 def test_wrong_variables_are_refused_by_name(environ, words):
@@ -203,3 +230,25 @@ def test_a_mesh_of_torch_s_own_counts_as_one_node():
 
 def test_groups_are_made_once_a_mesh():
     assert pool(4).run(_kept_groups) == [(True, False, True)] * 4
+
+
+def _alone_in_a_collective(which):
+    """How rank 0 fares that alone of all ranks begins a collective, in a mesh with little patience."""
+    mesh = lss.init_mesh(cp=2, dp=2, timeout=timedelta(seconds=0.5))
+    row = lss.init_mesh(cp=4, timeout=timedelta(seconds=0.5))
+    group = {"cp": mesh.get_group("cp"), "dp": mesh.get_group("dp"), "part": sub_group(row, 2, 1)}[which]
+    if dist.get_rank():
+        return None
+    try:
+        dist.all_reduce(torch.zeros(1), group=group)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("which", ["cp", "dp", "part"])
+def test_the_timeout_holds_in_every_group(which):
+    started = time.monotonic()
+    found = pool(4).run(_alone_in_a_collective, which)
+    assert "imed out" in found[0], found
+    assert time.monotonic() - started < 10

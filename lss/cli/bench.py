@@ -14,7 +14,8 @@ from lss.cli.main import split_config
 from lss.cli.ranks import launch, must_launch, planned_ranks, share_cores
 from lss.config import LARGEST, show
 from lss.config.errors import Refused, refuse
-from lss.mesh import pick_device_type, rank_environment
+from lss.environment import rank_environment
+from lss.mesh import pick_device_type
 
 if TYPE_CHECKING:
     from lss.bench import AttentionPlan

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lss.config import Config
 from lss.config.errors import Refused, refuse
-from lss.mesh import pick_device_type, rank_environment
+from lss.environment import rank_environment
+from lss.mesh import pick_device_type
 
 
 def refuse_options(config: Config, nproc: int | None) -> None:

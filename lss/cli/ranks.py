@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from lss.config import Config, load_config
 from lss.config.errors import Refused, SaidElsewhere, refuse
+from lss.environment import rank_environment
 from lss.meeting import first_to_say, open_store
-from lss.mesh import first_to_refuse, rank_environment
+from lss.mesh import first_to_refuse
 from lss.train.signals import Signals
 
 if TYPE_CHECKING:

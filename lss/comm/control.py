@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm.collectives import Pending
 from lss.comm.counter import record
+from lss.mesh import timeout_of
 
 _KEPT = "_lss_controls"
 
@@ -30,7 +31,7 @@ class Control:
 
     def __init__(self, mesh: DeviceMesh, timeout: timedelta | None = None) -> None:
         self.size, self.rank = mesh.size(), mesh.get_rank()
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout or timeout_of(mesh)) if self.size > 1 else None
 
     def largest(self, *values: int) -> tuple[int, ...]:
         """The largest that any rank gave for each of these. Collectives: one all-reduce of so many int64."""

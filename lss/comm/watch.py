@@ -32,7 +32,7 @@ from lss.comm.control import control
 from lss.comm.counter import listening
 from lss.comm.verdict import SILENCE, Beat, Peer, Verdict, host_identity, judge, process_state
 from lss.config.errors import Failed, Refused, Stopped
-from lss.mesh import rank_environment
+from lss.environment import rank_environment
 
 PERIOD = 1.0
 # How long the main thread, once a transfer has failed, waits to be told why.

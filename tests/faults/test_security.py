@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lss.meeting import host_store, is_loopback, listen, timedelta
+from lss.hosts import is_loopback
+from lss.meeting import host_store, listen, timedelta
 from tests.faults.ranks import SMALL, Run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,6 +10,7 @@ import json
 import shutil
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,13 +207,12 @@ class Saver:
         return [json.loads(text) for text in self._control.gather(json.dumps(mine))]
 
     def _write(self, job: _Job, aside: Path) -> dict[str, Any]:
-        files = {}
-        for kind, tensors in job.tensors.items():
-            if tensors:
-                name = tensor_file(kind, self._control.rank, self._control.size)
-                size, digest = write_tensors(aside / name, tensors)
-                files[name] = {"bytes": size, "sha256": digest}
-        return files
+        rank, world = self._control.rank, self._control.size
+        shares = {tensor_file(kind, rank, world): tensors for kind, tensors in job.tensors.items() if tensors}
+        # both files at once: one core hashes about as fast as a good disk writes, two are faster
+        with ThreadPoolExecutor(len(KINDS)) as writers:
+            written = {name: writers.submit(write_tensors, aside / name, tensors) for name, tensors in shares.items()}
+        return {name: dict(zip(("bytes", "sha256"), done.result(), strict=True)) for name, done in written.items()}
 
     def _commit(self, job: _Job, path: Path, told: list[dict[str, Any]]) -> None:
         aside = writing_folder(path)

@@ -1,8 +1,9 @@
-"""Tiny models of transformers by class, the batches they are given, and one process's loss and gradients beside the cut's."""
+"""Tiny models of transformers by class, batches for them, and one process's loss and gradients beside the cut's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch.nn import functional as F
@@ -16,7 +17,9 @@ PLAIN = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, interme
 GQA = dict(PLAIN, num_key_value_heads=2, head_dim=8)
 # their norms multiply by weight.float(), so that a norm weight's gradient is summed over tokens in float32
 NORMS32 = 2e-6
-UNDROPPED = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+GEMMA = dict(GQA, sliding_window=6, query_pre_attn_scalar=8)
+NO_BERT_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+NO_GPT2_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,12 @@ CASES = {
     "qwen2": Case("Qwen2", dict(GQA, use_sliding_window=True, sliding_window=5, max_window_layers=1)),
     "qwen3": Case("Qwen3", GQA),
     "mistral": Case("Mistral", dict(GQA, sliding_window=7)),
-    "gemma2": Case("Gemma2", dict(GQA, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=2.0), NORMS32, "dense64"),
-    "gemma3": Case("Gemma3Text", dict(GQA, sliding_window=6, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]), NORMS32),
+    "gemma2": Case("Gemma2", dict(GEMMA, attn_logit_softcapping=2.0), NORMS32, "dense64"),
+    "gemma3": Case("Gemma3Text", dict(GEMMA, layer_types=["sliding_attention", "full_attention"]), NORMS32),
     "phi": Case("Phi", dict(PLAIN, resid_pdrop=0.0, embd_pdrop=0.0)),
     "phi3": Case("Phi3", dict(GQA, resid_pdrop=0.0, embd_pdrop=0.0)),
-    "gpt2": Case("GPT2LMHead", dict(n_embd=32, n_layer=2, n_head=4, vocab_size=V, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
-                                    attn_pdrop=0.0, scale_attn_by_inverse_layer_idx=True, bos_token_id=1, eos_token_id=2)),
+    "gpt2": Case("GPT2LMHead", dict(n_embd=32, n_layer=2, n_head=4, vocab_size=V, n_positions=128, bos_token_id=1,
+                                    scale_attn_by_inverse_layer_idx=True, **NO_GPT2_DROPOUT)),
     "gpt_neox": Case("GPTNeoX", PLAIN),
     "smollm3": Case("SmolLM3", dict(GQA, no_rope_layers=[1, 0])),
     "olmo2": Case("Olmo2", GQA),
@@ -50,10 +53,23 @@ CASES = {
     "mixtral": Case("Mixtral", dict(GQA, num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": Case("Qwen3Moe", dict(GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)),
     "gpt_oss": Case("GptOss", dict(GQA, num_local_experts=4, num_experts_per_tok=2, sliding_window=6), plain="dense64"),
-    "bert": Case("BertForMaskedLM", dict(PLAIN, **UNDROPPED)),
+    "bert": Case("BertForMaskedLM", dict(PLAIN, **NO_BERT_DROPOUT)),
     "modernbert": Case("ModernBertForMaskedLM", dict(PLAIN, local_attention=8, global_attn_every_n_layers=2)),
-    "esm": Case("EsmForMaskedLM", dict(PLAIN, **UNDROPPED, position_embedding_type="rotary", token_dropout=False, mask_token_id=3)),
+    "esm": Case("EsmForMaskedLM", dict(PLAIN, **NO_BERT_DROPOUT, position_embedding_type="rotary", token_dropout=False,
+                                       mask_token_id=3)),
 }  # fmt: skip
+
+
+def classes(name: str):
+    """(config's class, model's class) of a case."""
+    import transformers
+
+    model = CASES[name].model
+    if "For" in model:
+        return getattr(transformers, model.split("For")[0] + "Config"), getattr(transformers, model)
+    if model.endswith("LMHead"):
+        return getattr(transformers, model.removesuffix("LMHead") + "Config"), getattr(transformers, model + "Model")
+    return getattr(transformers, model + "Config"), getattr(transformers, model.removesuffix("Text") + "ForCausalLM")
 
 
 def dense(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, s_aux=None, **_):
@@ -83,18 +99,15 @@ def build(name: str, dtype=torch.float64, implementation: str | None = None, **c
     transformers.AttentionInterface.register("dense64", dense)
     transformers.AttentionMaskInterface.register("dense64", dense_mask)
     case = CASES[name]
-    model = case.model
-    base = model.split("For")[0].removesuffix("LMHead")
-    cls = getattr(transformers, model if "For" in model else model + ("Model" if model.endswith("LMHead") else "ForCausalLM"), None)
-    cls = cls or getattr(transformers, model.removesuffix("Text") + "ForCausalLM")
-    config = getattr(transformers, base + "Config")(**(case.settings | changes))
+    made, cls = classes(name)
+    config = made(**(case.settings | changes))
     config._attn_implementation = implementation or case.plain
     config._experts_implementation = "eager"  # other ways to run experts take no float64
     torch.manual_seed(0)
     net = cls(config).to(dtype)
     with torch.no_grad():  # weights of a fresh model are too small for attention to matter
         for parameter in net.parameters():
-            parameter.add_(0.15 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())).to(dtype))
+            parameter.add_(0.15 * torch.randn_like(parameter))
     return net
 
 
@@ -113,7 +126,7 @@ def batch(kind: str, S: int, shifts: bool):
         inputs["attention_mask"] = mask
     if "packed" in kind:
         edges = [0, S // 4, S // 4 + 1, S // 2 + 3, S]
-        inputs["position_ids"] = torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:], strict=False)])[None]
+        inputs["position_ids"] = torch.cat([torch.arange(b - a) for a, b in pairwise(edges)])[None]
         for edge in edges[:-1]:
             labels[:, edge] = -100
     return inputs

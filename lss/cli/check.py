@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lss.cli.main import split_config
 from lss.cli.ranks import launch, must_launch, planned_ranks, read_config, share_cores
 from lss.config import Config
+from lss.config.errors import refuse
 
 if TYPE_CHECKING:
     from lss.check import CheckResult
@@ -16,29 +18,40 @@ if TYPE_CHECKING:
 def check(options: argparse.Namespace, arguments: list[str]) -> int:
     """Check as one rank, or start the ranks that do; 1 where anything differs beyond the dtype's bound."""
     path, overrides = split_config(options.config)
+    if options.hf is not None:
+        overrides = _for_hf(overrides)
     config = read_config(path, overrides, planned_ranks(options.nproc))
     if must_launch(options.nproc):
         return launch(options.nproc, arguments)
-    return _check(config)
+    return _check(config, options.hf)
 
 
-def _check(config: Config) -> int:
-    from lss.check import check_config
+def _for_hf(overrides: list[str]) -> list[str]:
+    """The overrides of a check of a Hugging Face model: float64 where nothing is said, and no model of ours."""
+    for override in overrides:
+        if override.startswith("model."):
+            raise refuse(override.split("=")[0], override.split("=", 1)[1], "--hf names the model; leave it out")
+    given = [override for override in overrides if override.startswith("train.dtype=")]
+    return overrides if given else [*overrides, "train.dtype=float64"]
+
+
+def _check(config: Config, hf: str | None) -> int:
+    from lss.check import check_config, check_hf
     from lss.mesh import close, init_mesh
 
     share_cores()
     assert isinstance(config.parallel.cp, int)
     mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp)
     try:
-        result = check_config(config, mesh)
+        result = check_config(config, mesh) if hf is None else check_hf(hf, config, mesh)
         if mesh.get_rank() == 0:
-            _print(config, result)
+            _print(config if hf is None else replace(config, name=hf), result, hf)
     finally:
         close()
     return 0 if result.ok else 1
 
 
-def _print(config: Config, result: CheckResult) -> None:
+def _print(config: Config, result: CheckResult, hf: str | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -71,8 +84,8 @@ def _print(config: Config, result: CheckResult) -> None:
             table.add_row(f"{kind} of {purpose}", "", f"{calls} calls, {_size(size)}")
         console.print(table)
     micro, layers = config.train.accumulate, config.model.n_layers
-    console.print(f"Collectives: payload of one step of {micro} micro-batch(es) through {layers} layers, per rank.",
-                  highlight=False)  # fmt: skip
+    through = f"{micro} micro-batch(es) through {layers} layers" if hf is None else "one micro-batch"
+    console.print(f"Collectives: payload of one step of {through}, per rank.", highlight=False)
     if result.work:
         ratios = ", ".join(f"{ratio:.3f} {order}" for order, ratio in result.work.items())
         console.print(f"Attention work of the busiest rank over the mean, at {config.data.seq_len:,} tokens: {ratios}.",

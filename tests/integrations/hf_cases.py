@@ -15,8 +15,12 @@ V = 96
 PLAIN = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=V,
              max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
 GQA = dict(PLAIN, num_key_value_heads=2, head_dim=8)
+LATENT = dict(PLAIN, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8,
+              v_head_dim=8)  # fmt: skip
 # their norms multiply by weight.float(), so that a norm weight's gradient is summed over tokens in float32
 NORMS32 = 2e-6
+# its router scores in float32 whatever the dtype, so that the loss is rounded too
+ROUTER32 = 2.1e-6
 GEMMA = dict(GQA, sliding_window=6, query_pre_attn_scalar=8)
 NO_BERT_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 NO_GPT2_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -52,6 +56,9 @@ CASES = {
     "cohere": Case("Cohere", GQA, NORMS32),
     "mixtral": Case("Mixtral", dict(GQA, num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": Case("Qwen3Moe", dict(GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)),
+    "deepseek_v3": Case("DeepseekV3", dict(LATENT, moe_intermediate_size=24, n_routed_experts=4, n_group=2, topk_group=1,
+                                           num_experts_per_tok=2, first_k_dense_replace=1),
+                        ROUTER32),
     "gpt_oss": Case("GptOss", dict(GQA, num_local_experts=4, num_experts_per_tok=2, sliding_window=6), plain="dense64"),
     "bert": Case("BertForMaskedLM", dict(PLAIN, **NO_BERT_DROPOUT)),
     "modernbert": Case("ModernBertForMaskedLM", dict(PLAIN, local_attention=8, global_attn_every_n_layers=2)),

@@ -28,7 +28,8 @@ def hold(results, bound=1e-12, loss_bound=1e-12):
 def test_every_class_equals_one_process(name, cp):
     kinds = ["plain", "padded", *(["packed"] if name in PACKED else [])]
     for results in zip(*pool(cp).run(cases.parities, name, cp, kinds), strict=True):
-        hold(results, cases.CASES[name].bound)
+        bound = cases.CASES[name].bound
+        hold(results, bound, bound if bound == cases.ROUTER32 else 1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -115,7 +115,7 @@ class Adapter:
         if "token_type_ids" in inputs:
             given["token_type_ids"] = self._part(inputs["token_type_ids"], segment, 0)
         keep = None if mask is None else keep_rows(mask)
-        if keep is not None:  # for what else a model does with it; attention has it whole
+        if mask is not None and keep is not None:  # for what else a model does with it; attention has it whole
             given["attention_mask"] = shard(mask, self.mesh, seg=segment, pad_value=0)
         if self.traits.shifts or "use_cache" in self.traits.parameters:
             given["use_cache"] = False

@@ -70,6 +70,9 @@ def attention(
         raise refuse("dropout", dropout, f"{where} would draw another mask for every cut; set the config's dropout to 0")
     pattern = _pattern(module, attention_mask, sliding_window, is_causal)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    narrow = v.shape[3] if v.shape[3] < k.shape[3] else None
+    if narrow is not None:  # latent attention has narrower values; zeros beside them change nothing
+        v = nn.functional.pad(v, (0, k.shape[3] - narrow))
     check_shapes(q, k, v)
     if k.shape[1] != q.shape[1]:
         fit = "keys of another sequence and caches are not supported here"
@@ -79,7 +82,7 @@ def attention(
     lss_batch.calls += 1
     lss_batch.joined |= lss_batch.breaks and not pattern.packed
     out = attend(q, k, v, rules, segment=lss_batch.segment, comm=lss_batch.comm, options=lss_batch.options)
-    return out, None
+    return out[..., :narrow], None
 
 
 def _pattern(module: nn.Module, mask: Pattern | torch.Tensor | None, window: int | None, causal: bool | None) -> Pattern:

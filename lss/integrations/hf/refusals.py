@@ -116,14 +116,16 @@ def _refuse_kind(name: str, config: Any) -> None:
 
 
 def _refuse_modules(name: str, model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        kind = type(module).__name__
-        if is_hf_model(module) and not getattr(module, "_supports_attention_backend", False):
-            fit = f"{kind} does not take its attention from transformers' attention interface"
-            raise refuse("model", name, f"{fit}; a class with _supports_attention_backend does")
+    wholes = [module for module in model.modules() if is_hf_model(module)]
+    parts = [(path, module) for path, module in model.named_modules() if not is_hf_model(module)]
+    for path, module in parts:
         if _mixes(module):
-            where = f"{path} ({kind})" if path else kind
+            where = f"{path} ({type(module).__name__})"
             raise refuse("model", name, f"{where} mixes tokens outside of attention, which a cut sequence would get wrong")
+    for module in wholes:
+        if not getattr(module, "_supports_attention_backend", False):
+            fit = f"{type(module).__name__} does not take its attention from transformers' attention interface"
+            raise refuse("model", name, f"{fit}; a class with _supports_attention_backend does")
 
 
 def _mixes(module: nn.Module) -> bool:

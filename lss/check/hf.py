@@ -76,10 +76,12 @@ def _check_length(source: str, config: Config, mesh: DeviceMesh, seq_len: int) -
     segment = layout.segment(seq_len)
     probes = _probes(model, layout, segment, mine["input_ids"], given, config.train.dtype)
     shifts = layout.traits.shifts
-    counted = int((labels[:, 1:] != -100).sum() if shifts else (labels != -100).sum())
+    counted_one = int((labels[:, 1:] != -100).sum() if shifts else (labels != -100).sum())
+    cut = layout.adapter.cut(model, (), {**mine, **given})[1]["lss_batch"].labels
+    counted = int(layout.all.all_reduce((cut != -100).sum(), "labels").wait())
     if mesh.get_rank() != 0:
         value = float(loss.detach())
-        return LengthResult(seq_len, segment.local_len, value, value, 1.0, {}, [], 0, 0, counted, counted, probes=probes)
+        return LengthResult(seq_len, segment.local_len, value, value, 1.0, {}, [], 0, 0, counted, counted_one, probes=probes)
     with saved_bytes(plain) as saved_one:
         logits = plain(input_ids=ids, **given, **({"use_cache": False} if shifts else {})).logits
         targets = F.pad(labels[:, 1:], (0, 1), value=-100) if shifts else labels
@@ -92,7 +94,7 @@ def _check_length(source: str, config: Config, mesh: DeviceMesh, seq_len: int) -
     errors = {name: (error, BOUND) for name, error in relative_errors(gradients, expected).items()}
     return LengthResult(
         seq_len, segment.local_len, float(loss.detach()), float(loss_one.detach()), BOUND, errors, counter.rows(),
-        saved.bytes, saved_one.bytes, counted, counted, probes=probes,
+        saved.bytes, saved_one.bytes, counted, counted_one, probes=probes,
     )  # fmt: skip
 
 

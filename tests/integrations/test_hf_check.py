@@ -21,6 +21,7 @@ def checked(name, folder, cp, dp=1, fault=None, overrides=()):
     from lss.integrations.hf import batch, interface
 
     made, cls = classes(name)
+    folder = folder / str(mesh(cp, dp).get_rank())  # ranks write at the same time
     settings = CASES[name].settings | {"architectures": [cls.__name__]}
     made(**settings).save_pretrained(folder)
     config = load_config(None, ["train.dtype=float64", f"parallel.cp={cp}", f"parallel.dp={dp}", *overrides])
@@ -77,3 +78,33 @@ def test_what_cannot_be_checked_is_refused(arguments, words, tmp_path, capsys):
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert words in said[0]
+
+
+def saved(folder):
+    """A model as `save_pretrained` writes it."""
+    import torch
+
+    made, cls = classes("llama")
+    torch.manual_seed(0)
+    cls(made(**CASES["llama"].settings)).save_pretrained(folder)
+
+
+def five_lines(folder):
+    """The page's lines as they stand; the norm of the gradient that they leave."""
+    import torch
+
+    import lss
+    from tests.test_house import ROOT
+
+    tokens = torch.randint(96, (1, 45), generator=torch.Generator().manual_seed(0))
+    code = (ROOT / "docs" / "huggingface.md").read_text().split("<!-- five lines -->\n```python\n")[1].split("```")[0]
+    space = {"FOLDER": str(folder), "tokens": tokens}
+    exec(code, space)  # noqa: S102
+    return float(lss.clip_grad_norm_(space["model"], 0.0))
+
+
+def test_the_pages_five_lines_run_and_give_the_same_on_two_ranks(tmp_path):
+    pool(1).run(saved, tmp_path)
+    (alone,) = pool(1).run(five_lines, tmp_path)
+    for found in pool(2).run(five_lines, tmp_path):
+        assert found == pytest.approx(alone, rel=1e-5)

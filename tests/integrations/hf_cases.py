@@ -128,7 +128,7 @@ def batch(kind: str, S: int, shifts: bool):
     inputs = {"input_ids": ids, "labels": labels}
     if kind == "padded":
         mask = torch.ones(rows, S, dtype=torch.int64)
-        mask[0, -5:], mask[1, -8:], mask[1, 3:9] = 0, 0, 0  # a hole too, which no causal mask hides
+        mask[0, -5:], mask[1, -8:], mask[1, 2:8] = 0, 0, 0  # a hole too, which no causal mask hides
         labels[mask == 0] = -100
         inputs["attention_mask"] = mask
     if "packed" in kind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def output(command):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
+    environment |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return [float(line.split()[-1]) for line in done.stdout.splitlines()]
@@ -27,6 +29,16 @@ def test_own_model_is_the_same_on_one_rank_and_on_three():
     assert len(alone) == 3
     assert alone[-1] < alone[0] - 0.5
     assert three == pytest.approx(alone, abs=2e-5)
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def test_a_hugging_face_model_is_the_same_on_one_rank_and_on_two():
+    example = str(ROOT / "examples" / "hf_finetune.py")
+    alone = output([sys.executable, example])
+    two = output([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", example])
+    assert len(alone) == 3
+    assert alone[-1] < alone[0] - 1.0
+    assert two == pytest.approx(alone, abs=2e-5)
 
 
 def test_the_readmes_python_runs():

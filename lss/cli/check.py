@@ -19,6 +19,7 @@ from lss.cli.ranks import (
     told_once,
 )
 from lss.config import Config
+from lss.config.errors import refuse
 
 if TYPE_CHECKING:
     from lss.check import CheckResult
@@ -29,12 +30,13 @@ def check(options: argparse.Namespace, arguments: list[str]) -> int:
     path, overrides = split_config(options.config)
     rendezvous, ranks = rendezvous_timeout(options), planned_ranks(options.nproc)
     with told_once():
-        config = read_config(path, overrides, ranks)
-        refuse_options(_short(config), options.nproc)
-        refuse_data(_short(config), scan=not must_launch(options.nproc))
+        config = read_config(path, overrides if options.hf is None else _for_hf(overrides), ranks)
+        if options.hf is None:
+            refuse_options(_short(config), options.nproc)
+            refuse_data(_short(config), scan=not must_launch(options.nproc))
     if must_launch(options.nproc):
         return launch(options.nproc, arguments)
-    return _check(config, rendezvous)
+    return _check(config, rendezvous, options.hf)
 
 
 def _short(config: Config) -> Config:
@@ -46,8 +48,17 @@ def _short(config: Config) -> Config:
     return replace(config, data=replace(config.data, seq_len=seq_len), train=train)
 
 
-def _check(config: Config, rendezvous: timedelta) -> int:
-    from lss.check import check_config
+def _for_hf(overrides: list[str]) -> list[str]:
+    """The overrides of a check of a Hugging Face model: float64 where nothing is said, and no model of ours."""
+    for override in overrides:
+        if override.startswith("model."):
+            raise refuse(override.split("=")[0], override.split("=", 1)[1], "--hf names the model; leave it out")
+    given = [override for override in overrides if override.startswith("train.dtype=")]
+    return overrides if given else [*overrides, "train.dtype=float64"]
+
+
+def _check(config: Config, rendezvous: timedelta, hf: str | None) -> int:
+    from lss.check import check_config, check_hf
     from lss.mesh import close, init_mesh
 
     share_cores()
@@ -55,15 +66,15 @@ def _check(config: Config, rendezvous: timedelta) -> int:
     mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp, rendezvous=rendezvous)
     try:
         with told_once(mesh):
-            result = check_config(config, mesh)
+            result = check_config(config, mesh) if hf is None else check_hf(hf, config, mesh)
         if mesh.get_rank() == 0:
-            _print(config, result)
+            _print(config if hf is None else replace(config, name=hf), result, hf)
     finally:
         close()
     return 0 if result.ok else 1
 
 
-def _print(config: Config, result: CheckResult) -> None:
+def _print(config: Config, result: CheckResult, hf: str | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -96,8 +107,8 @@ def _print(config: Config, result: CheckResult) -> None:
             table.add_row(f"{kind} of {purpose}", "", f"{calls} calls, {_size(size)}")
         console.print(table)
     micro, layers = config.train.accumulate, config.model.n_layers
-    console.print(f"Collectives: payload of one step of {micro} micro-batch(es) through {layers} layers, per rank.",
-                  highlight=False)  # fmt: skip
+    through = f"{micro} micro-batch(es) through {layers} layers" if hf is None else "one micro-batch"
+    console.print(f"Collectives: payload of one step of {through}, per rank.", highlight=False)
     if result.work:
         ratios = ", ".join(f"{ratio:.3f} {order}" for order, ratio in result.work.items())
         console.print(f"Attention work of the busiest rank over the mean, at {config.data.seq_len:,} tokens: {ratios}.",

@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Compare loss and every gradient of your config, at a short length, on one rank and on all.",
     )
     _config_arguments(check)
+    check.add_argument("--hf", metavar="MODEL", help="a Hugging Face model instead: a folder, or OWNER/NAME on the Hub")
 
     add_bench(verbs, _Parser)
 

@@ -18,6 +18,7 @@ from lss.config.support import refuse_pairs
 from lss.context_parallel import AttentionOptions, attend, count_inner, pick_strategy
 from lss.context_parallel.loss import global_linear_cross_entropy
 from lss.context_parallel.sharding import refuse_packed_rows, shard, unshard
+from lss.integrations.hf import is_hf_model
 from lss.mesh import moved, ranks_per_node
 from lss.model import ModelOps, Transformer
 from lss.offload import Offloader, make_offloader
@@ -25,6 +26,7 @@ from lss.parallel import tensor_parallel as tp
 from lss.parallel.activation import make_pieces, softmax_of
 from lss.parallel.fsdp import Sharding, check_reshard
 from lss.parallel.grad_sync import GradSync, global_grad_norm
+from lss.parallel.hf import lay_out_hf
 from lss.segment import Piece, Segment, make_segment, whole_piece
 
 POSITION_TABLE = "position_table.weight"
@@ -64,7 +66,8 @@ def parallelize(
     strategy "tp" or `fsdp`, the weights are cut, and each rank holds and updates its part only.
 
     Args:
-        model: an `lss.model.Transformer`, on the mesh's device. The first rank's weights are copied to all ranks.
+        model: an `lss.model.Transformer`, or a model of Hugging Face transformers (docs/huggingface.md), on the mesh's
+            device. The first rank's weights are copied to all ranks.
         mesh: from `lss.init_mesh`.
         strategy: "lss", "lss_2d", "ring", "ulysses" or "tp" (Megatron tensor + sequence parallelism on the cp axis).
         inner, order, head_chunks, token_chunks, regather, kernel, transport, dkv_dtype: as in `lss.attention`.
@@ -88,9 +91,14 @@ def parallelize(
     Raises:
         Refused: an option or a model that would not be laid out exactly.
     """
+    if is_hf_model(model):
+        others = {"fsdp": (fsdp, False), "offload": (offload or "none", "none"), "tiles": (tiles, "auto")}
+        others["compile"] = (compile, False)
+        options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner, token_chunks)
+        return lay_out_hf(model, mesh, order, options, checkpointing=checkpointing, precut=precut, others=others)
     if not isinstance(model, Transformer):
-        fit = "this version lays out lss.model.Transformer; in a model of your own call lss.shard, lss.attention, "
-        raise refuse("model", type(model).__name__, f"{fit}lss.cross_entropy and lss.sum_gradients")
+        fit = "lss.model.Transformer and models of transformers are laid out; in a model of your own call lss.shard, "
+        raise refuse("model", type(model).__name__, f"{fit}lss.attention, lss.cross_entropy and lss.sum_gradients")
     check_reshard(fsdp_reshard)
     if fsdp and strategy == "tp":
         raise refuse("fsdp", fsdp, "strategy='tp' cuts the weights over the ranks already; use False, or strategy 'lss'")

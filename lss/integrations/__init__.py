@@ -1,0 +1,1 @@
+"""Models of other libraries, adapted to sequences that are cut over ranks."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants.mutants import MUTANTS
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "lss").rglob("*.py"))
 MAY_TALK = ("lss/comm/", "lss/launch.py", "lss/meeting.py", "lss/one_host.py", "lss/mesh.py", "lss/parallel/",
@@ -40,6 +42,12 @@ def test_file_is_small_and_documented(path):
             documented = len(ast.get_docstring(node, clean=False).splitlines()) if ast.get_docstring(node) else 0
             code = node.end_lineno - node.lineno + 1 - documented
             assert code < 60, f"{node.name} has {code} lines"
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_has_its_place(mutant):
+    """`make mutants` plants them one by one; a line that has changed would leave one out."""
+    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

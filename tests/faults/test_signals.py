@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lss.checkpoint import find_checkpoint, read_state, read_weights
+from lss.checkpoint import find_checkpoint, read_weights, verify
 from tests.faults.plants import plant
 from tests.faults.ranks import SMALL, Run
 from tests.faults.together import Together
@@ -132,8 +132,7 @@ def saved_steps(out: Path) -> list[int]:
 
 
 def assert_whole(path: Path) -> None:
-    assert read_state(path)["step"] == int(path.name[5:])
-    assert all(weight.isfinite().all() for weight in read_weights(path).values())
+    assert all(weight.isfinite().all() for weight in read_weights(verify(path)).values())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -148,7 +147,7 @@ def test_what_was_done_is_saved(together, case):
         assert rows == STEPS[True]
         assert said.count("as asked by SIGUSR1") == 1, said
         assert saved_steps(got.out)[-1] == STEPS[True]
-        assert_whole(find_checkpoint(got.out / "checkpoints"))
+        assert_whole(find_checkpoint(got.out / "checkpoints").path)
         return
     code = 128 + case.number
     assert got.codes == [code] * len(got.codes), said
@@ -162,8 +161,7 @@ def test_what_was_done_is_saved(together, case):
         assert rows == 0
         assert not (got.out / "checkpoints").exists()
         return
-    newest = find_checkpoint(got.out / "checkpoints")
-    assert newest is not None
+    newest = find_checkpoint(got.out / "checkpoints").path
     assert_whole(newest)
     assert saved_steps(got.out)[-1] == rows  # the step under way was ended and saved
     assert f"stopped by {name} after step {rows}, saved as {newest}; resume with the same command" in sentences.pop()
@@ -184,5 +182,5 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path):
     losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
               for name in ("straight", "run")]  # fmt: skip
     assert losses[0] == losses[1]
-    weights = [read_weights(tmp_path / name / "checkpoints" / "step_8") for name in ("straight", "run")]
+    weights = [read_weights(verify(tmp_path / name / "checkpoints" / "step_8")) for name in ("straight", "run")]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])

@@ -21,7 +21,7 @@ COMMON = [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "checkpoint.keep=
 RUNS = {
     "cp2": (2, []),
     "cp2-background": (2, ["checkpoint.background=true", "train.dtype=bfloat16"]),
-    "cp3-learned": (3, ["model.positions=learned", "train.accumulate=2"]),
+    "cp2-learned": (2, ["model.positions=learned", "train.accumulate=2"]),
 }
 
 

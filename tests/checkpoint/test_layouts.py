@@ -13,10 +13,11 @@ from tests.distributed.pool import pool
 # name -> (ranks, overrides); the matrix is of all pairs
 LAYOUTS = {
     "cp1": (1, []),
-    "cp2": (2, []),
     "cp4": (4, []),
     "cp2-dp2": (4, ["parallel.dp=2"]),
     "tp2": (2, ["parallel.strategy=tp"]),
+    "fsdp-cp3": (3, ["parallel.fsdp=true"]),
+    "fsdp-cp2-dp2": (4, ["parallel.fsdp=true", "parallel.dp=2"]),
 }
 COMMON = ["model.positions=learned", "data.seq_len=42", "train.steps=4", "optim.warmup=2"]
 

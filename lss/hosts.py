@@ -71,7 +71,7 @@ def _own_address(towards: str) -> str | None:
             with socket.socket(family, kind, protocol) as probe:
                 probe.connect(target)  # of a datagram socket: sends nothing
                 return probe.getsockname()[0].split("%")[0]
-    except OSError:
+    except (OSError, UnicodeError):  # no way there; or no name of a host at all, as whoever meets there says
         pass
     return None
 

@@ -250,13 +250,6 @@ MUTANTS = (
         ("tests/distributed/test_step.py::test_what_exists_and_what_is_kept",),
     ),
     Mutant(
-        "memory that is another tensor's by now is taken for the one kept",
-        "lss/offload/saved.py",
-        "same = storage is not None and not storage.expired()",
-        "same = storage is not None",
-        ("tests/test_offload.py::test_memory_used_anew_is_another_tensor",),
-    ),
-    Mutant(
         "a chunk's dQ takes the place of those before",
         "lss/context_parallel/chunked.py",
         "runs, add_dq=True)",

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm.collectives import Pending
 from lss.comm.counter import record
+from lss.comm.texts import pack, unpack
 from lss.mesh import timeout_of
 
 _KEPT = "_lss_controls"
@@ -49,16 +50,11 @@ class Control:
             return [text]
         raw = text.encode()
         (longest,) = self.largest(len(raw))
-        mine = torch.zeros(8 + longest, dtype=torch.uint8)
-        mine[:8] = torch.tensor([len(raw)], dtype=torch.int64).view(torch.uint8)
-        if raw:
-            mine[8 : 8 + len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        record("all_gather", "control", torch.cat(parts))
-        work = dist.all_gather(parts, mine, group=self._group, async_op=True)
-        Pending((work,), lambda: parts).wait()
-        lengths = [int(part[:8].view(torch.int64)) for part in parts]
-        return [bytes(part[8 : 8 + n].tolist()).decode() for part, n in zip(parts, lengths, strict=True)]
+        mine = pack(raw, longest)
+        gathered = mine.new_empty(self.size, len(mine))
+        record("all_gather", "control", gathered)
+        work = dist.all_gather(list(gathered.unbind(0)), mine, group=self._group, async_op=True)
+        return unpack(Pending((work,), lambda: gathered.unbind(0)).wait())
 
 
 def control(mesh: DeviceMesh, purpose: str) -> Control:

@@ -1,12 +1,15 @@
-"""Hosts and their network interfaces: what a batch system's lists say, and which interface leads to another host."""
+"""Hosts: what a batch system's lists say of them, which interface leads to another one, and how much memory one has."""
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import socket
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
@@ -104,3 +107,27 @@ def _interface_of_ipv6(own: ipaddress.IPv6Address) -> str | None:
     table = Path("/proc/net/if_inet6")
     rows = [line.split() for line in table.read_text().splitlines()] if table.exists() else []
     return next((row[-1] for row in rows if int(row[0], 16) == int(own)), None)
+
+
+# Where a control group of either version tells its limit, and what is in use of it.
+_LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
+
+def all_memory() -> int:
+    """Bytes of memory of this host, or of the part of it that this process's control group may use."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(limit for limit, _ in _control_groups())])
+
+
+def free_memory() -> int:
+    """Bytes of it that can be taken now without swapping."""
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return min([free, *(limit - used for limit, used in _control_groups())])
+
+
+def _control_groups() -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use) of the control groups that have a limit."""
+    for names in _LIMITS:
+        with suppress(OSError, ValueError):  # no control group of this version, or no limit
+            limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in names)
+            yield limit, used

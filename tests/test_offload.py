@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lss.config.errors import Refused
-from lss.offload import DiskTier, HostTier, Offloader, available_memory, host_limit, make_offloader
+from lss.hosts import free_memory
+from lss.offload import DiskTier, HostTier, Offloader, host_limit, make_offloader
 
 CPU = torch.device("cpu")
 
@@ -151,6 +152,6 @@ def test_refusals(options, message):
 def test_limits_are_shares_of_what_is_free():
     assert make_offloader("none", CPU) is None
     assert host_limit(1.5, 4) == 3 << 29
-    free = available_memory()
+    free = free_memory()
     assert 1 << 20 < free < 1 << 50
     assert 0.5 < host_limit("auto", 4) / (free // 8) < 2

@@ -75,7 +75,7 @@ def _device_type(ranks: int) -> str:
 
 def _attention_plan(options: argparse.Namespace, ranks: int) -> AttentionPlan:
     from lss.bench import AttentionPlan, Heads, load_rivals, parse_options
-    from lss.train.memory import host_bytes
+    from lss.hosts import all_memory
 
     device = _device_type(ranks)
     plan = AttentionPlan(
@@ -88,8 +88,8 @@ def _attention_plan(options: argparse.Namespace, ranks: int) -> AttentionPlan:
     )  # fmt: skip
     plan.validate(ranks)
     tokens, heads = max(plan.lengths) * plan.batch, max(h.N * h.H for h in plan.heads)
-    if device == "cpu" and 2 * tokens * heads > host_bytes():
-        fit = f"its queries alone take more than the {host_bytes() / 2**30:.1f} GiB of this host; use shorter ones"
+    if device == "cpu" and 2 * tokens * heads > all_memory():
+        fit = f"its queries alone take more than the {all_memory() / 2**30:.1f} GiB of this host; use shorter ones"
         raise refuse("--lengths", max(plan.lengths), fit)
     return plan
 

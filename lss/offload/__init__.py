@@ -7,16 +7,15 @@ a bound, and used again from step to step. What finds no room stays on the devic
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from lss.config.errors import refuse
+from lss.hosts import free_memory
 from lss.offload.disk import DiskTier
 from lss.offload.host import HostTier
 from lss.offload.saved import Kept, Offloader
 
-__all__ = ["DiskTier", "HostTier", "Kept", "Offloader", "available_memory", "host_limit", "make_offloader"]
+__all__ = ["DiskTier", "HostTier", "Kept", "Offloader", "host_limit", "make_offloader"]
 
 
 def make_offloader(
@@ -49,17 +48,4 @@ def host_limit(gib: float | str, local_ranks: int) -> int:
     """Bytes of host memory that a rank's buffers may take: `gib`, or for "auto" its share of half of what is free now."""
     if gib != "auto":
         return int(float(gib) * 2**30)
-    return available_memory() // 2 // max(local_ranks, 1)
-
-
-def available_memory() -> int:
-    """Bytes of host memory that can be taken without swapping, of this machine or this process's control group."""
-    with open("/proc/meminfo") as file:
-        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            most, now = (Path("/sys/fs/cgroup", name).read_text().strip() for name in (limit, used))
-            free = min(free, int(most) - int(now))
-        except (OSError, ValueError):  # no control group of this version, or no limit
-            continue
-    return free
+    return free_memory() // 2 // max(local_ranks, 1)

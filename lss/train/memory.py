@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
-from pathlib import Path
-
 import torch
 
 from lss.config import Config
 from lss.config.errors import refuse
+from lss.hosts import all_memory
 from lss.model.size import parameter_count
 from lss.train.steps import parameter_dtype
 
-_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
 
 def state_bytes(config: Config) -> int:
-    """Bytes of a rank's weights, gradients and optimizer state."""
-    copies = 4 if config.optim.name == "adamw" else 2
-    count = parameter_count(config.model, config.data.seq_len)
-    return copies * count * parameter_dtype(config.train.dtype).itemsize
+    """The least that a rank holds for weights, gradients and optimizer state, cut as fsdp or tensor parallelism cuts them.
+
+    A model is made whole on every rank before it is cut.
+    """
+    parallel, copies = config.parallel, 4 if config.optim.name == "adamw" else 2
+    assert isinstance(parallel.cp, int)
+    whole = parameter_count(config.model, config.data.seq_len) * parameter_dtype(config.train.dtype).itemsize
+    parts = parallel.cp * parallel.dp if parallel.fsdp else parallel.cp if parallel.strategy == "tp" else 1
+    return max(whole, copies * whole // parts)
 
 
 def sequence_bytes(config: Config) -> int:
@@ -33,15 +33,6 @@ def sequence_bytes(config: Config) -> int:
     kept = model.n_layers if config.memory.offload == "none" else 1
     # ids, labels and positions are int64
     return rows * tokens * (24 * train.accumulate + model.d_model * kept * itemsize)
-
-
-def host_bytes() -> int:
-    """Memory of this host, or of the part of it that this process may use."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in _CGROUPS:
-        with suppress(OSError, ValueError):
-            total = min(total, int(Path(name).read_text()))
-    return total
 
 
 def refuse_too_large(config: Config, device_type: str, ranks_here: int) -> None:
@@ -58,7 +49,7 @@ def refuse_too_large(config: Config, device_type: str, ranks_here: int) -> None:
     if device_type == "cuda":
         there, sharing, where = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, 1, "the GPU"
     else:
-        there, sharing, where = host_bytes(), ranks_here, "this host"
+        there, sharing, where = all_memory(), ranks_here, "this host"
     state, sequence = state_bytes(config) * sharing, sequence_bytes(config) * sharing
     if state + sequence <= there:
         return

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lss.config import PRESETS, Refused, load_config
+from lss.hosts import all_memory
 from lss.model import Transformer
 from lss.model.size import parameter_count
-from lss.train.memory import host_bytes, refuse_too_large, sequence_bytes, state_bytes
+from lss.train.memory import refuse_too_large, sequence_bytes, state_bytes
 
 SHAPES = [
     [f"model.kind={kind}", f"model.positions={positions}", f"model.norm={norm}", f"model.mlp={mlp}", f"model.sinks={sinks}",
@@ -38,10 +39,23 @@ def test_bytes_by_dtype_optimizer_and_ranks():
     assert sequence_bytes(load_config(None).resolved(4)) == sequence_bytes(tiny) // 4
 
 
+def test_what_is_cut_over_ranks_is_not_counted_whole_on_each():
+    """But for the weights, which each rank has whole at the start."""
+    def of(ranks, *overrides):
+        return state_bytes(load_config(None, ["train.batch_size=2", *overrides]).resolved(ranks))
+
+    count = parameter_count(load_config(None).model, 512)
+    assert of(2) == 16 * count
+    assert of(2, "parallel.fsdp=true") == of(2, "parallel.fsdp=true", "parallel.dp=2") == 8 * count
+    assert of(2, "parallel.strategy=tp") == 8 * count
+    assert of(2, "parallel.strategy=tp", "optim.name=sgd") == 4 * count
+    assert of(8, "parallel.fsdp=true") == 4 * count
+
+
 def test_ranks_of_a_host_share_its_memory():
     """At the largest model that one rank holds, one is accepted and two are refused."""
     tiny = load_config(None).resolved(1)
-    layers = (host_bytes() // 16 - 128 * 256) // ((parameter_count(tiny.model, 1) - 128 * 257) // 4) * 3 // 4
+    layers = (all_memory() // 16 - 128 * 256) // ((parameter_count(tiny.model, 1) - 128 * 257) // 4) * 3 // 4
     config = load_config(None, [f"model.n_layers={layers}", "train.batch_size=1", "data.seq_len=1"]).resolved(1)
     refuse_too_large(config, "cpu", 1)
     with pytest.raises(Refused, match=rf"model\.n_layers={layers}: .* of 2 ranks take .* this host has"):

@@ -9,7 +9,7 @@ one node, "across" where no two are; None where both occur, and on one node.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -45,7 +45,6 @@ class CollectiveCounter:
     """Tallies by (kind, purpose, link): kind as in "all_gather", purpose as in "kv", "dkv", "gradients", "loss"."""
 
     tallies: dict[tuple[str, str, str | None], Tally] = field(default_factory=dict)
-    also: Callable[[str, torch.Tensor], None] | None = None  # is told of each call's purpose and payload
 
     def calls(self, kind: str | None = None, purpose: str | None = None, link: str | None = None) -> int:
         """Number of calls, of one kind, purpose and link or of all."""
@@ -70,8 +69,6 @@ class CollectiveCounter:
     def add(self, kind: str, purpose: str, payload: torch.Tensor, link: str | None = None) -> None:
         """Count one call with this payload."""
         tally = self.tallies.setdefault((kind, purpose, link), Tally())
-        if self.also is not None:
-            self.also(purpose, payload)
         tally.calls += 1
         tally.elements += payload.numel()
         tally.bytes += payload.numel() * payload.element_size()

@@ -57,7 +57,7 @@ class Ledger(TorchDispatchMode):
     """Notes every storage that operations make, from its making to its end. Works on real tensors and on fake ones.
 
     Use as a context manager around a step; tell it of what is there before by `own`, and of the step's parts by `enter`. It
-    listens to `lss.comm.count_collectives` through `collective`.
+    is a listener of `lss.comm`, which tells it whose buffers are a collective's.
 
     Args:
         granularity: bytes that each allocation is rounded up to: 512 as CUDA's caching allocator has it.
@@ -91,10 +91,13 @@ class Ledger(TorchDispatchMode):
                     piece.label = "activations"
         self.phase = phase
 
-    def collective(self, purpose: str, payload: torch.Tensor) -> None:
-        """A collective's buffer, by its purpose."""
+    def add(self, kind: str, purpose: str, payload: torch.Tensor, link: str | None = None) -> None:
+        """A collective's buffer, by its purpose; as a listener of `lss.comm`."""
         if purpose in _PURPOSES:
             self._note(payload, "collective", _PURPOSES[purpose])
+
+    def issued(self, pending: Any) -> None:
+        """A ledger does not ask how calls end."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

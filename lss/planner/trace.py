@@ -17,8 +17,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.comm import CollectiveCounter, communicator, count_collectives, cp_communicator
-from lss.comm.counter import Tally
+from lss.comm import communicator, count_collectives, cp_communicator
+from lss.comm.counter import Tally, listening
 from lss.config import Config
 from lss.config.errors import Refused
 from lss.data.reader import Batch
@@ -87,7 +87,7 @@ def run_step(config: Config, model: nn.Module, *, granularity: int = 1) -> StepT
     hooks = [p.register_post_accumulate_grad_hook(lambda q: ledger.own("gradients", [q.grad])) for p in model.parameters()]
     phases = [model.register_forward_pre_hook(lambda *_: ledger.enter("forward")),
               model.register_forward_hook(lambda *_: ledger.enter("backward"))]  # fmt: skip
-    with count_collectives() as counter, _listening(counter, ledger), ledger:
+    with count_collectives() as counter, listening(ledger), ledger:
         accumulate_gradients(model, batches, config, step=1, count=count)
         ledger.enter("update")
         clip_grad_norm_(model, config.optim.clip)
@@ -143,11 +143,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextmanager
-def _listening(counter: CollectiveCounter, ledger: Ledger) -> Iterator[None]:
-    """Let the ledger hear of every collective that the counter counts."""
-    counter.also = ledger.collective
-    yield
-    counter.also = None

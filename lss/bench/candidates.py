@@ -191,12 +191,13 @@ def _prepare_local(inputs: Inputs, *, options: AttentionOptions, order: str, com
         out, lse = torch.empty_like(q), empty_lse(q)
         for (heads, _), (keys, values) in zip(groups, fetched, strict=True):
             places, work = (out[:, :, heads], lse[:, heads]), spec.work.of_heads(heads)
-            work.forward(*places, q[:, :, heads], keys, values, transport.runs)
+            work.forward(*places, q[:, :, heads], keys, values, transport.runs, together=transport.together(keys))
         dq = torch.empty_like(q, dtype=lse.dtype if summed else q.dtype)
         for (heads, _), (keys, values) in zip(groups, fetched, strict=True):
             (dk, dv), *more = [transport.split(room) for room in transport.new_dkv(keys)]
             given = dout[:, :, heads], q[:, :, heads], keys, values, out[:, :, heads], lse[:, heads]
-            spec.work.of_heads(heads).backward(dq[:, :, heads], dk, dv, *given, transport.runs, more=more)
+            how = {"more": more, "together": transport.together(keys)}
+            spec.work.of_heads(heads).backward(dq[:, :, heads], dk, dv, *given, transport.runs, **how)
         return out, dq.to(q.dtype), dk, dv
 
     return step

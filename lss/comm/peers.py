@@ -19,10 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lss.comm.stream_signals import StreamSignals
 from lss.comm.texts import gather_texts
 
 # Bytes up to which copies are done by one kernel: an engine's start takes as long as 8 MiB over NVLink.
 SHORT_COPY = 16 << 20
+# Bytes from which on transfers travel in stages on GPUs whose streams signal without a kernel.
+STAGED_BYTES = 32 << 20
+# The barriers of a transfer, in their order.
+STEPS = ("free", "arrived0", "arrived1")
 
 
 class PeerMemory:
@@ -44,9 +49,7 @@ class PeerMemory:
         # what `lss.comm.symmetric` keeps from call to call: where copies go, and marks of the last reads of each buffer
         self.routes: dict[Any, Any] = {}
         self.read: dict[str, Any] = {}
-        # Bytes from which on a gather comes in stages, beside the kernels that compute meanwhile; None: never. Off:
-        # with it, and gradients that left early, two H100s reached 0.83 of ideal at 131,072 tokens; without, in another
-        # run, 0.97. A barrier on a GPU is a kernel: it may keep a multiprocessor from attention while it waits.
+        # Bytes from which on transfers travel in stages, beside the kernels that compute meanwhile; None: never
         self.staged_bytes: int | None = None
 
     def buffer(self, name: str, nbytes: int) -> list[torch.Tensor]:
@@ -86,8 +89,11 @@ class PeerMemory:
             mine.unlink()  # mapped by all: the name has served, and nothing is left behind whatever ends the run
         return views
 
-    def barrier(self) -> None:
-        """Wait until every rank of the group has come here; on a GPU the transfer stream waits, not the host."""
+    def barrier(self, step: str) -> None:
+        """Wait until every rank of the group has come here; on a GPU the transfer stream waits, not the host.
+
+        `step` is one of `STEPS`, the same on every rank, and never the same as that of the barrier before.
+        """
         dist.barrier(group=self.group)
 
     def transfers(self) -> AbstractContextManager[Any]:
@@ -117,6 +123,7 @@ class CudaPeerMemory(PeerMemory):
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream(self._device)
         self._handle: Any = None
+        self._signals: StreamSignals | None = None
 
     def _allocate(self, nbytes: int) -> Any:
         from torch.distributed import _symmetric_memory as symmetric_memory
@@ -132,6 +139,20 @@ class CudaPeerMemory(PeerMemory):
         self._handle = handle
         return views
 
+    def signal_by_streams(self) -> bool:
+        """Let barriers be memory operations of the stream in place of kernels, where that works; collective.
+
+        A kernel that waits for a peer holds a multiprocessor, and attention's last blocks then wait for that one.
+        """
+        signals = StreamSignals.opened(self.buffer("signals", 4 * len(STEPS) * self.size), self.rank, STEPS, self._stream)
+        if not _agreed(signals is not None, self.group, self._device):
+            return False
+        assert signals is not None
+        if not _agreed(signals.trial(), self.group, self._device):
+            return False
+        self._signals, self.staged_bytes = signals, STAGED_BYTES
+        return True
+
     def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         # one launch where each copy is short; copy engines, which take no multiprocessor from attention, where it is long
         nbytes = sum(source.numel() * source.element_size() for source in sources)
@@ -140,8 +161,11 @@ class CudaPeerMemory(PeerMemory):
         else:
             super().copy(places, sources)
 
-    def barrier(self) -> None:
-        self._handle.barrier(channel=0)
+    def barrier(self, step: str) -> None:
+        if self._signals is None:
+            self._handle.barrier(channel=0)
+        else:
+            self._signals.barrier(step)
 
     def transfers(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream)
@@ -191,7 +215,10 @@ def open_peers(group: dist.ProcessGroup, device: torch.device) -> PeerMemory | N
         works = True
     except RuntimeError:
         works = False
-    return peers if _agreed(works, group, device) else None
+    if not _agreed(works, group, device):
+        return None
+    peers.signal_by_streams()
+    return peers
 
 
 def _agreed(verdict: bool, group: dist.ProcessGroup, device: torch.device) -> bool:

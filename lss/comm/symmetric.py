@@ -16,8 +16,9 @@ A transfer is four steps, in the same order on every rank:
 Without 1 a fast rank overwrites keys that a slow one is still reading (the next layer's, or the next head chunk's);
 without 3 a rank reads what has not come. Tests run both faults, with delays between the steps.
 
-A gather may come in two stages, what a rank's first kernel call reads and the rest (2 and 3 twice), where
-`PeerMemory.staged_bytes` says so.
+Long transfers (`PeerMemory.staged_bytes`) travel beside the kernels: a gather comes in two stages, what a rank's first
+kernel call reads and the rest (2 and 3 twice), and gradients leave room by room, each as soon as the call that computes
+it has been issued (2 for each). Short ones go at once, and both calls of a rank may then be one (`together`).
 """
 
 from __future__ import annotations
@@ -51,12 +52,24 @@ class _Copy:
 
 
 @dataclass(frozen=True)
+class _Leg:
+    """Copies that are issued together: those that stay on this rank, and those to the others."""
+
+    here: tuple[_Copy, ...]
+    abroad: tuple[_Copy, ...]
+
+
+@dataclass(frozen=True)
 class _Route:
-    """Where one kind of transfer goes: this rank's own buffer, copies that stay here, and those of each stage."""
+    """Where one kind of transfer goes: this rank's own buffer, and the copies of each leg of the way.
+
+    Attributes:
+        stages: how many tokens of this rank's buffer have come after each leg, where others wait for that leg by itself.
+    """
 
     mine: torch.Tensor
-    here: tuple[_Copy, ...]
-    stages: tuple[tuple[int, tuple[_Copy, ...]], ...]  # (tokens of this rank's buffer that have come then, copies)
+    legs: tuple[_Leg, ...]
+    stages: tuple[int, ...] = ()
 
 
 class _Arriving(Pending[KV]):
@@ -108,6 +121,7 @@ class SymmetricTransport:
         self._peers, self._push, self._depth, self._dkv_dtype = peers, push, depth, dkv_dtype
         self._next = self._sent = 0
         self._reading: tuple[str, _Arriving] | None = None
+        self._leaving: _Way | None = None
 
     def gather(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
         """Fetch the keys and values that this rank sees, (B, push.length, K, H), in sequence order.
@@ -125,7 +139,12 @@ class SymmetricTransport:
             self._peers.pause("read")
             return route.mine[0], route.mine[1]
 
-        arriving = _Arriving(self._peers, self._transfer(name, route, kv), result, kv)
+        way = _Way(self._peers, name, route, kv)
+        marks = []
+        for leg, come in enumerate(route.stages):
+            way.go(leg)
+            marks.append((come, way.arrived(leg)))
+        arriving = _Arriving(self._peers, marks, result, kv)
         return arriving
 
     def release(self) -> None:
@@ -135,27 +154,51 @@ class SymmetricTransport:
         arriving.finish()
         self._peers.mark_read(name)
 
+    def together(self, like_BTKH: torch.Tensor) -> bool:
+        """Whether all keys come, and all gradients leave, at once: it is then no loss to compute all in one call."""
+        push, (B, _, K, H) = self._push, like_BTKH.shape
+        return not self._peers.in_stages(2 * B * max(push.lengths) * K * H * like_BTKH.element_size())
+
     def new_dkv(self, like_BTKH: torch.Tensor) -> list[torch.Tensor]:
-        """Rooms for the dK and dV of the fetched tokens; nothing stands there yet, and what no call writes never leaves."""
+        """Rooms for the dK and dV of the fetched tokens; nothing stands there yet, and what no call writes never leaves.
+
+        Where calls may be one, rooms are equally long and lie in one buffer, so that one call can write into both: the
+        first room, that of the queries that see most, behind the second, as these queries stand behind the others.
+        """
         B, _, K, H = like_BTKH.shape
+        how = {"dtype": self._dkv_dtype, "device": like_BTKH.device}
         ends = [max((at + b - a for pieces in room for at, a, b in pieces), default=0) for room in self._push.returns]
-        lengths = ends if len(ends) > 1 else [self._push.length]
-        return [torch.empty(2, B, length, K, H, dtype=self._dkv_dtype, device=like_BTKH.device) for length in lengths]
+        if len(ends) == 1:
+            return [torch.empty(2, B, self._push.length, K, H, **how)]
+        if self.together(like_BTKH):
+            return list(torch.empty(len(ends), 2, B, self._push.length, K, H, **how))[::-1]
+        return [torch.empty(2, B, length, K, H, **how) for length in ends]
 
     def split(self, dkv: torch.Tensor) -> KV:
         """dK and dV, (B, push.length, K, H) each, of such a room."""
         return dkv[0], dkv[1]
+
+    def leave(self, rooms: list[torch.Tensor], room: int) -> None:
+        """What this room holds has been computed: where that is worth it, it travels already. `scatter` sends the rest."""
+        if self._peers.in_stages(rooms[room].numel() * rooms[room].element_size()):
+            if self._leaving is None:
+                self._leaving = self._depart(rooms)
+            self._leaving.go(room, beside=True)
 
     def scatter(self, rooms: list[torch.Tensor]) -> Pending[KV]:
         """Bring the gradients home: returns dk, dv (B, T, K, H), summed over rooms and ranks, in `dkv_dtype`.
 
         Counted as one reduce-scatter whose payload is what this rank has for all ranks, itself included.
         """
-        name = f"dkv{self._sent % self._depth}"
-        self._sent += 1
+        leaving, self._leaving = self._leaving, None
+        if leaving is None:
+            leaving = self._depart(rooms)
+        else:
+            self._peers.follow()
+        for room in range(len(rooms)):
+            leaving.go(room)
         _, B, _, K, H = rooms[0].shape
-        planes, T, sums = [plane for room in rooms for plane in room], self._push.local_len, self._push.sums
-        route = self._route(name, self._dkv_route, (B, K, H), self._dkv_dtype)
+        T, sums, name, mine = self._push.local_len, self._push.sums, leaving.name, leaving.route.mine
         tokens = sum(b - a for room in self._push.returns for pieces in room for _, a, b in pieces)
         record("reduce_scatter", "dkv", torch.empty(2, B, tokens, K, H, dtype=self._dkv_dtype, device="meta"))
 
@@ -163,36 +206,22 @@ class SymmetricTransport:
             self._peers.pause("read")
             total = rooms[0].new_empty(2, B, T, K, H)
             for a, b, first, end in sums or ((0, T, 0, self._push.n_slots),):
-                _sum_slots(total[:, :, a:b], route.mine[first:end, :, :, a:b])
+                _sum_slots(total[:, :, a:b], mine[first:end, :, :, a:b])
             self._peers.mark_read(name)
             return total[0], total[1]
 
+        return _Arriving(self._peers, [(T, leaving.arrived(0))], result, rooms)
+
+    def _depart(self, rooms: list[torch.Tensor]) -> _Way:
+        """The way home of these rooms' gradients, open to be written."""
+        name = f"dkv{self._sent % self._depth}"
+        self._sent += 1
+        _, B, _, K, H = rooms[0].shape
+        route = self._route(name, self._dkv_route, (B, K, H), self._dkv_dtype)
         # where the senders of a token are not neighbours, absent ones are summed as zeros
-        marks = self._transfer(name, route, planes, clear=sums is None)
-        return _Arriving(self._peers, marks, result, rooms)
+        return _Way(self._peers, name, route, [plane for room in rooms for plane in room], clear=self._push.sums is None)
 
     # -- how both travel ---------------------------------------------------------------------------------------------
-
-    def _transfer(
-        self, name: str, route: _Route, planes: Sequence[torch.Tensor], *, clear: bool = False
-    ) -> list[tuple[int, Any]]:
-        """Issue a transfer; returns (tokens that have come, mark) of each stage."""
-        peers, marks = self._peers, []
-        peers.wait_for(peers.read.get(name))
-        if clear:
-            route.mine.zero_()
-        peers.copy(*_pairs(route.here, planes))
-        peers.follow()
-        with peers.transfers():
-            peers.pause("free")
-            peers.barrier()
-            for come, copies in route.stages:
-                peers.pause("copy")
-                peers.copy(*_pairs(copies, planes))
-                peers.pause("arrived")
-                peers.barrier()
-                marks.append((come, peers.mark()))
-        return marks
 
     def _route(self, name: str, make: Callable[..., _Route], shape: tuple[int, ...], dtype: torch.dtype) -> _Route:
         """The route of this transfer, made once for all calls of one cut, shape and dtype."""
@@ -220,25 +249,71 @@ class SymmetricTransport:
 
         ends = zip(push.firsts, push.lengths, strict=True)
         edges = [[0, first, length] if staged else [0, length] for first, length in ends]
-        stages = tuple(
-            (edges[me][i + 1], tuple(c for peer in _others(self._peers) for c in copies(peer, *edges[peer][i : i + 2])))
+        legs = tuple(
+            _Leg(
+                tuple(copies(me, 0, push.length)) if i == 0 else (),
+                tuple(c for peer in _others(self._peers) for c in copies(peer, *edges[peer][i : i + 2])),
+            )
             for i in range(2 if staged else 1)
         )
-        return _Route(buffers[me], tuple(copies(me, 0, push.length)), stages)
+        return _Route(buffers[me], legs, tuple(edges[me][1:]))
 
     def _dkv_route(self, name: str, B: int, K: int, H: int, dtype: torch.dtype) -> _Route:
         push, me, size = self._push, self._peers.rank, self._peers.size
         buffers = _typed(self._peers, name, [(push.n_slots, 2, B, push.local_len, K, H)] * size, dtype)
 
-        def copies(peer: int) -> list[_Copy]:
+        def copies(room: int, peer: int) -> list[_Copy]:
             return [
-                _Copy(buffers[peer][slot, plane, row, a:b], 2 * room + plane, row, at, at + b - a)
-                for room, slot in enumerate(push.slots)
+                _Copy(buffers[peer][push.slots[room], plane, row, a:b], 2 * room + plane, row, at, at + b - a)
                 for at, a, b in push.returns[room][peer] for plane in range(2) for row in range(B)
             ]  # fmt: skip
 
-        abroad = tuple(c for peer in _others(self._peers) for c in copies(peer))
-        return _Route(buffers[me], tuple(copies(me)), ((push.local_len, abroad),))
+        legs = tuple(
+            _Leg(tuple(copies(room, me)), tuple(c for peer in _others(self._peers) for c in copies(room, peer)))
+            for room in range(len(push.slots))
+        )
+        return _Route(buffers[me], legs)
+
+
+class _Way:
+    """One transfer on its way, leg by leg; the same barriers in the same order on every rank, however many legs it has."""
+
+    def __init__(
+        self, peers: PeerMemory, name: str, route: _Route, planes: Sequence[torch.Tensor], *, clear: bool = False
+    ) -> None:
+        self.name, self.route = name, route
+        self._peers, self._planes, self._gone = peers, planes, set()
+        peers.wait_for(peers.read.get(name))
+        if clear:
+            route.mine.zero_()
+        peers.follow()
+        with peers.transfers():
+            peers.pause("free")
+            peers.barrier("free")
+
+    def go(self, leg: int, *, beside: bool = False) -> None:
+        """Issue a leg's copies, once.
+
+        `beside`: behind the kernel that was issued last, and beside the next: what stays here is copied on the side too.
+        """
+        if leg in self._gone:
+            return
+        peers, copies = self._peers, self.route.legs[leg]
+        if beside:
+            peers.follow()
+        with peers.transfers():
+            peers.pause("copy")
+            peers.copy(*_pairs(copies.abroad + (copies.here if beside else ()), self._planes))
+        if not beside:
+            peers.copy(*_pairs(copies.here, self._planes))
+        self._gone.add(leg)
+
+    def arrived(self, leg: int) -> Any:
+        """All ranks have written what they issued before; returns the mark of it."""
+        with self._peers.transfers():
+            self._peers.pause("arrived")
+            self._peers.barrier(f"arrived{leg}")
+            return self._peers.mark()
 
 
 def _pairs(copies: Sequence[_Copy], planes: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

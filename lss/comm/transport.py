@@ -40,6 +40,10 @@ class Transport(Protocol):
         """The tensors that were waited for last have been read."""
         ...
 
+    def together(self, like_BTKH: torch.Tensor) -> bool:
+        """Whether all keys like these come at once, and their gradients go at once from rooms in one buffer."""
+        ...
+
     def new_dkv(self, like_BTKH: torch.Tensor) -> list[torch.Tensor]:
         """Uninitialised rooms for dK and dV of all fetched tokens; one, or as many as `Schedule.rooms`."""
         ...
@@ -48,12 +52,26 @@ class Transport(Protocol):
         """dK and dV, (B, L, K, H) each, of a room."""
         ...
 
+    def leave(self, rooms: list[torch.Tensor], room: int) -> None:
+        """One of several rooms has been computed, while others have not: it may leave before `scatter`."""
+        ...
+
     def scatter(self, rooms: list[torch.Tensor]) -> Pending[KV]:
         """Bring home what has been computed into such rooms: dk, dv (B, T, K, H), summed over rooms and ranks."""
         ...
 
 
-class CollectiveTransport:
+class _AtOnce:
+    """What transports with one room have in common: nothing leaves early."""
+
+    def together(self, like_BTKH: torch.Tensor) -> bool:
+        return False
+
+    def leave(self, rooms: list[torch.Tensor], room: int) -> None:
+        pass
+
+
+class CollectiveTransport(_AtOnce):
     """One all-gather and one reduce-scatter, or two all-to-alls of only what is seen; the plain twin of all others.
 
     A gather comes in the order of the ranks: where that is not the sequence's, it is reordered by a copy, and dK and dV
@@ -96,7 +114,7 @@ class CollectiveTransport:
         return self._comm.reduce_scatter_dkv(self._keys.reorder(dkv, 0, self._keys.orders(self._comm.arrival)[1]))
 
 
-class LocalTransport:
+class LocalTransport(_AtOnce):
     """Keys that this rank holds whole already: nothing travels, and dK, dV are its share of a sum over ranks."""
 
     volatile = False

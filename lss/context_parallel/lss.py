@@ -12,6 +12,7 @@ queries see. How keys travel is the transport's matter (`lss.comm.transport`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -90,7 +91,8 @@ class _LSSAttention(torch.autograd.Function):
         for (q_heads, _), (keys, values, ready) in zip(groups, _fetched(k, v, groups, transport), strict=True):
             work = spec.work.of_heads(q_heads)
             places = out[:, :, q_heads], lse[:, q_heads]
-            work.forward(*places, q[:, :, q_heads], keys, values, transport.runs, ready=ready)
+            how = {"ready": ready, "together": transport.together(keys)}
+            work.forward(*places, q[:, :, q_heads], keys, values, transport.runs, **how)
             if not spec.regather:
                 kept += [x.clone() for x in (keys, values)] if transport.volatile else [keys, values]
             transport.release()
@@ -116,7 +118,8 @@ class _LSSAttention(torch.autograd.Function):
             douts, queries, outs, dqs = (x[:, :, q_heads] for x in (dout, q, out, dq))
             work, ((dks, dvs), *more) = spec.work.of_heads(q_heads), [transport.split(room) for room in rooms]
             given = douts, queries, keys, values, outs, lse[:, q_heads]
-            work.backward(dqs, dks, dvs, *given, transport.runs, ready=ready, more=more)
+            how = {"ready": ready, "together": transport.together(keys), "done": partial(transport.leave, rooms)}
+            work.backward(dqs, dks, dvs, *given, transport.runs, more=more, **how)
             if not kept:
                 transport.release()
             home.arrive()  # the last chunk's scatter has had this chunk's time

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 from lss.kernels.merge import merge
+from lss.kernels.pair import Lengths, halves, pair_of, stacked
 from lss.kernels.rules import Rules, Scores
 from lss.kernels.table import Kernel
 from lss.kernels.varlen import Wave, plan_waves
@@ -30,6 +31,7 @@ class Call:
         overlapping: the outputs are merged with those of other calls.
         dq, dk: pieces of the gradients of queries and keys; None where nothing stands there yet, and the kernel may write.
         room: which of several rooms for dK and dV this call has to itself, where it is given them.
+        closes: whether no later call of backward's order writes into that room.
     """
 
     rows: slice
@@ -38,6 +40,7 @@ class Call:
     dq: tuple[Piece, ...] | None
     dk: tuple[Piece, ...] | None
     room: int = 0
+    closes: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Schedule:
     """The calls of one rank on some keys, forward and backward, and the places that no call writes.
 
     Backward's order: the call that sees most keys first, so that of two prefixes one is written and the other added.
-    `waves` hold the same blocks where there are many, short documents for one, to be computed together.
+    `waves` hold the same blocks where there are many, short documents for one, to be computed together; `pair` says what
+    two of them that are one call, each half of the queries under a causal mask, see of the keys.
     """
 
     forward: tuple[Call, ...]
@@ -54,6 +58,7 @@ class Schedule:
     dq_gaps: tuple[tuple[slice, slice], ...]
     dk_gaps: tuple[tuple[slice, slice], ...]
     waves: tuple[Wave, ...] = ()
+    pair: Lengths | None = None
 
     @property
     def dq_summed(self) -> bool:
@@ -91,19 +96,22 @@ def _schedule(
     dq, dk = _Covered(lengths[0], groups), _Covered(lengths[1], groups)
     blocks = [call.block for call in forward]
     rooms = rooms_of(blocks) if len(masks) == 1 else None
-    backward = []
-    for number in backward_order(blocks):
+    backward, order = [], backward_order(blocks)
+    for number in order:
         call, b = forward[number], blocks[number]
         pieces = dq.pieces(call.rows, b.q_start, b.q_stop), dk.pieces(call.rows, b.k_start, b.k_stop)
         written = [p if any(old for *_, old in p) else None for p in pieces]
-        backward.append(replace(call, dq=written[0], dk=written[1], room=0 if rooms is None else rooms[number]))
+        room, later = 0 if rooms is None else rooms[number], () if rooms is None else order[order.index(number) + 1 :]
+        closes = all(rooms is None or rooms[other] != room for other in later)
+        backward.append(replace(call, dq=written[0], dk=written[1], room=room, closes=closes))
         dq.add(call.rows, b.q_start, b.q_stop)
         dk.add(call.rows, b.k_start, b.k_stop)
     one_row = len(masks) == 1 and masks[0][1] - masks[0][0] == 1 and not masks[0][2].merging
     short = sum(b.q_stop - b.q_start for b in blocks) <= SHORT_BLOCK * len(blocks)
     together = varlen and one_row and short and len(forward) > MOST_APART
     waves = plan_waves(tuple(call.block for call in forward)) if together else ()
-    return Schedule(tuple(forward), tuple(backward), answered.gaps(), dq.gaps(), dk.gaps(), waves)
+    pair = pair_of(blocks, lengths[0]) if one_row else None
+    return Schedule(tuple(forward), tuple(backward), answered.gaps(), dq.gaps(), dk.gaps(), waves, pair)
 
 
 class _Covered:
@@ -195,11 +203,13 @@ class Work:
         *,
         merging: bool = False,
         ready: Ready | None = None,
+        together: bool = False,
     ) -> None:
         """Write the outputs and lse of the queries in place; with `merging`, merge them with what stands there already.
 
         Without it nothing need stand there: a query that sees nothing gets out 0 and lse -inf. `ready` is called before
-        each kernel with how many of the first keys it reads, and waits for them.
+        each kernel with how many of the first keys it reads, and waits for them. `together`: two calls may be one, which
+        waits for the keys of both.
         """
         schedule = self.schedule(keys, q_BTNH.shape[1], k_BSKH.shape[1])
         for rows, t in () if merging else schedule.unseeing:
@@ -208,6 +218,9 @@ class Work:
         # a rank of Ulysses may hold no heads, which the calls one by one pass over and the operators for many refuse
         if schedule.waves and not merging and out_BTNH.dtype == q_BTNH.dtype and q_BTNH.shape[2]:
             self._forward_waves(schedule, (out_BTNH, lse_BNT, q_BTNH, k_BSKH, v_BSKH), ready)
+            return
+        if together and not merging and self._pairs(schedule):
+            self._forward_pair(schedule, (out_BTNH, lse_BNT, q_BTNH), (k_BSKH, v_BSKH), ready)
             return
         for call in schedule.forward:
             rows, b = call.rows, call.block
@@ -238,12 +251,15 @@ class Work:
         add_dq: bool = False,
         ready: Ready | None = None,
         more: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+        together: bool = False,
+        done: Callable[[int], None] | None = None,
     ) -> None:
         """Write the gradients to dq, dk and dv in place, where nothing need stand; with `add_dq` dq is added to.
 
         out and lse are those of all keys that a query sees. What several calls give is summed in the dtype of its place.
         With `more` rooms for dk and dv, as many as `Schedule.rooms` has, nothing is added: each call writes into its own,
-        and what no call writes there is left as it is.
+        and what no call writes there is left as it is; `done` is told of each room after its last call. `together` is as
+        in `forward`, where the rooms lie in one buffer.
         """
         schedule = self.schedule(keys, q_BTNH.shape[1], k_BSKH.shape[1])
         if schedule.waves and q_BTNH.shape[2]:
@@ -252,6 +268,9 @@ class Work:
             return
         rooms = [(dk_BSKH, dv_BSKH), *more]
         assert len(rooms) in (1, schedule.rooms)
+        if together and more and not add_dq and self._pairs(schedule):
+            self._backward_pair(schedule, dq_BTNH, rooms, (dout_BTNH, q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT), ready)
+            return
         for rows, t in () if add_dq else schedule.dq_gaps:
             dq_BTNH[rows, t].zero_()
         for rows, s in () if more else schedule.dk_gaps:
@@ -275,6 +294,34 @@ class Work:
             if dk is not None:
                 _put(dk_BSKH, grads[1], rows, dk)
                 _put(dv_BSKH, grads[2], rows, dk)
+            if more and call.closes and done is not None:
+                done(call.room)
+
+    # -- two blocks in one call ----------------------------------------------------------------------------------------
+
+    def _pairs(self, schedule: Schedule) -> bool:
+        return schedule.pair is not None and self.kernel.pair is not None and self.scores is None
+
+    def _forward_pair(self, schedule: Schedule, own, keys, ready: Ready | None) -> None:
+        """As the two calls of `schedule.forward`, out and lse written in place."""
+        assert schedule.pair is not None
+        assert self.kernel.pair is not None
+        if ready is not None:
+            ready(max(schedule.pair))
+        self.kernel.pair.forward(*halves(*own), *keys, schedule.pair, self.scale)
+
+    def _backward_pair(self, schedule: Schedule, dq_BTNH, rooms, given, ready: Ready | None) -> None:
+        """As the two calls of `schedule.backward`, each half's dk and dv written to its own room."""
+        assert schedule.pair is not None
+        assert self.kernel.pair is not None
+        if ready is not None:
+            ready(max(schedule.pair))
+        # rooms are numbered as backward's order gives them out, halves as the queries stand
+        number = {call.block.q_start: call.room for call in schedule.backward}
+        first, second = (rooms[number[start]] for start in sorted(number))
+        dk, dv = (stacked(a, b) for a, b in zip(first, second, strict=True))
+        dq, dout, q, out, lse = halves(dq_BTNH, given[0], given[1], *given[4:])
+        self.kernel.pair.backward(dq, dk, dv, dout, q, *given[2:4], out, lse, schedule.pair, self.scale)
 
     # -- many blocks in one call ---------------------------------------------------------------------------------------
 

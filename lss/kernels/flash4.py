@@ -22,11 +22,11 @@ Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _LIBRARY = torch.library.Library("lss", "FRAGMENT")
 _LIBRARY.define(
     "flash4_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, bool causal, int? left, "
-    "int? right, float softcap) -> ()"
+    "int? right, float softcap, Tensor? used) -> ()"
 )
 _LIBRARY.define(
     "flash4_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor(a!) dq, Tensor(b!) dk, "
-    "Tensor(c!) dv, float scale, bool causal, int? left, int? right, float softcap, bool deterministic) -> ()"
+    "Tensor(c!) dv, float scale, bool causal, int? left, int? right, float softcap, bool deterministic, Tensor? used) -> ()"
 )
 
 
@@ -49,19 +49,19 @@ def _interface():
     return interface
 
 
-def _forward_cuda(q, k, v, out, lse, scale, causal, left, right, softcap) -> None:
+def _forward_cuda(q, k, v, out, lse, scale, causal, left, right, softcap, used) -> None:
     _interface()._flash_attn_fwd(
         q, k, v, softmax_scale=scale, causal=causal, window_size_left=left, window_size_right=right,
-        softcap=softcap or None, return_lse=True, out=out, lse=lse,
+        softcap=softcap or None, return_lse=True, out=out, lse=lse, seqused_k=used,
     )  # fmt: skip
 
 
 def _backward_cuda(
-    dout, q, k, v, out, lse, dq, dk, dv, scale, causal, left, right, softcap, deterministic
+    dout, q, k, v, out, lse, dq, dk, dv, scale, causal, left, right, softcap, deterministic, used
 ) -> None:  # fmt: skip
     _interface()._flash_attn_bwd(
         q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, softcap=softcap, window_size_left=left,
-        window_size_right=right, deterministic=deterministic, dq=dq, dk=dk, dv=dv,
+        window_size_right=right, deterministic=deterministic, dq=dq, dk=dk, dv=dv, seqused_k=used,
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def forward(
     if into is None:
         into = torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     left, right = window or (None, None)
-    torch.ops.lss.flash4_forward(q, k, v, *into, scale, causal and window is None, left, right, _softcap(scores))
+    torch.ops.lss.flash4_forward(q, k, v, *into, scale, causal and window is None, left, right, _softcap(scores), None)
     return into
 
 
@@ -120,6 +120,27 @@ def backward(
     left, right = window or (None, None)
     torch.ops.lss.flash4_backward(
         dout, q, k, v, out, lse, dq, dk, dv, scale, causal and window is None, left, right, _softcap(scores),
-        torch.are_deterministic_algorithms_enabled(),
+        torch.are_deterministic_algorithms_enabled(), None,
     )  # fmt: skip
     return dq, dk, dv
+
+
+@cache
+def _used(lengths: tuple[int, int], device: torch.device) -> torch.Tensor:
+    # made once: copying two numbers to a GPU takes as long as launching a kernel
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def forward_pair(out, lse, q, k, v, lengths: tuple[int, int], scale: float) -> None:
+    """`Pair.forward`: a batch of two over the same keys, whose lengths the kernel reads from the device."""
+    keys = (x.expand(2, -1, -1, -1) for x in (k, v))
+    torch.ops.lss.flash4_forward(q, *keys, out, lse, scale, True, None, None, 0.0, _used(lengths, q.device))
+
+
+def backward_pair(dq, dk, dv, dout, q, k, v, out, lse, lengths: tuple[int, int], scale: float) -> None:
+    """`Pair.backward`; deterministic where `backward` is."""
+    keys = (x.expand(2, -1, -1, -1) for x in (k, v))
+    torch.ops.lss.flash4_backward(
+        dout, q, *keys, out, lse, dq, dk, dv, scale, True, None, None, 0.0,
+        torch.are_deterministic_algorithms_enabled(), _used(lengths, q.device),
+    )  # fmt: skip

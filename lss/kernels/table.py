@@ -18,8 +18,9 @@ import torch
 
 from lss.config.errors import refuse
 from lss.config.support import KERNEL_CHOICES, lacking
-from lss.kernels import flash4, flex, reference, sdpa, tiled, varlen
+from lss.kernels import flash4, flex, pair, reference, sdpa, tiled, varlen
 from lss.kernels.merge import no_keys_yet
+from lss.kernels.pair import Pair
 from lss.kernels.reference import Window
 from lss.kernels.rules import Scores
 from lss.kernels.varlen import Varlen
@@ -29,13 +30,14 @@ Places = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class Kernel(NamedTuple):
-    """One attention kernel: its name, its two functions, whether they take `into`, and its form for many blocks."""
+    """One attention kernel: its name, its two functions, whether they take `into`, its forms for many blocks and for two."""
 
     name: str
     run: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     grad: Callable[..., Grads]
     in_place: bool = False
     varlen: Varlen | None = None
+    pair: Pair | None = None
 
     def forward(
         self,
@@ -149,13 +151,17 @@ def _blind_queries(q: torch.Tensor, k: torch.Tensor, causal: bool) -> int:
 _FLASH_VARLEN = Varlen(varlen.flash_forward, varlen.flash_backward)
 KERNELS: dict[str, Kernel] = {
     "sdpa_cpu": Kernel("sdpa_cpu", sdpa.cpu_forward, sdpa.cpu_backward),
-    "flash4": Kernel("flash4", flash4.forward, flash4.backward, in_place=True, varlen=_FLASH_VARLEN),
+    "flash4": Kernel(
+        "flash4", flash4.forward, flash4.backward, in_place=True, varlen=_FLASH_VARLEN,
+        pair=Pair(flash4.forward_pair, flash4.backward_pair),
+    ),
     "sdpa_cudnn": Kernel("sdpa_cudnn", sdpa.cudnn_forward, sdpa.cudnn_backward, varlen=_FLASH_VARLEN),
     "sdpa_flash": Kernel("sdpa_flash", sdpa.flash_forward, sdpa.flash_backward, varlen=_FLASH_VARLEN),
     "flex": Kernel("flex", flex.forward, flex.backward),
     "tiled": Kernel("tiled", tiled.forward, tiled.backward),
-    "reference": Kernel("reference", reference.forward, reference.backward, varlen=varlen.plain(reference)),
-}
+    "reference": Kernel("reference", reference.forward, reference.backward, varlen=varlen.plain(reference),
+                        pair=pair.plain(reference)),
+}  # fmt: skip
 
 
 _CUDA = ("flash4", "sdpa_cudnn", "sdpa_flash")

@@ -33,13 +33,35 @@ def test_attention_is_exact(cp, order, S, heads, chunks, regather):
 
 
 def staged_case(cp, **options):
-    """`attention_case` with gathers in two stages, what is read first first."""
+    """`attention_case` with gathers in two stages, what is read first first, and gradients leaving call by call."""
     peers = cp_communicator(mesh(cp)).peers(torch.device("cpu"))
     before, peers.staged_bytes = peers.staged_bytes, 0
     try:
         return attention_case(cp, **options)
     finally:
         peers.staged_bytes = before
+
+
+def pair_case(cp, **options):
+    """`attention_case`, and how many calls of two blocks there were."""
+    from lss.kernels.table import KERNELS
+
+    plain, calls = KERNELS["reference"], []
+    counted = [lambda *args, f=f: (calls.append(f), f(*args)) for f in plain.pair]
+    KERNELS["reference"] = plain._replace(pair=type(plain.pair)(*counted))
+    try:
+        return attention_case(cp, kernel="reference", dkv_dtype="inputs", **options)[0], len(calls)
+    finally:
+        KERNELS["reference"] = plain
+
+
+@pytest.mark.parametrize("cp", [2, 3, 4])
+@pytest.mark.parametrize("S, chunks", [(24, 1), (24, 2), (72, 1)])
+def test_two_prefixes_are_one_call(cp, S, chunks):
+    for rank, (errors, calls) in enumerate(pool(cp).run(pair_case, cp, S=S, N=4, K=2, B=1, head_chunks=chunks, **SYMMETRIC)):
+        assert max(errors) <= 1e-13
+        # the last rank's two chunks are neighbours, and one block
+        assert calls == (2 * chunks if rank < cp - 1 else 0)
 
 
 @pytest.mark.parametrize("order", ["head_tail", "contiguous", "balanced"])

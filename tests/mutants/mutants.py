@@ -331,16 +331,23 @@ MUTANTS = (
     Mutant(
         "a fast rank overwrites what a slow one still reads",
         "lss/comm/symmetric.py",
-        'peers.pause("free")\n            peers.barrier()',
+        'peers.pause("free")\n            peers.barrier("free")',
         'peers.pause("free")',
         ("tests/distributed/test_symmetric.py::test_parity_holds_when_ranks_are_late",),
     ),
     Mutant(
         "a rank reads what has not come yet",
         "lss/comm/symmetric.py",
-        'peers.pause("arrived")\n                peers.barrier()',
-        'peers.pause("arrived")',
+        'self._peers.pause("arrived")\n            self._peers.barrier(f"arrived{leg}")',
+        'self._peers.pause("arrived")',
         ("tests/distributed/test_symmetric.py::test_parity_holds_when_ranks_are_late",),
+    ),
+    Mutant(
+        "gradients leave before the call that computes them has been issued",
+        "lss/kernels/blocks.py",
+        "more and call.closes and done is not None:",
+        "more and done is not None and not done(1 - call.room):",
+        ("tests/distributed/test_symmetric.py::test_attention_is_exact",),
     ),
     Mutant(
         "a gradient that several calls give is written over",

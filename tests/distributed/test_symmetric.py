@@ -158,6 +158,7 @@ def late_case(cp, seed, rounds, order="head_tail", **options):
         if device.type == "cuda" and dice.random() < 0.3:  # the stream at hand stands still, some 10 ms
             torch.cuda._sleep(int(20_000_000 * dice.random()))
 
+    before = peers.staged_bytes
     peers.pause, peers.staged_bytes = pause, 0 if seed % 2 else None
     worst = 0.0
     try:
@@ -171,7 +172,7 @@ def late_case(cp, seed, rounds, order="head_tail", **options):
             for found, true in zip((out.detach(), *grads), expected, strict=True):
                 worst = max(worst, relative(found, lss.shard(true.detach(), the_mesh, order=order)))
     finally:
-        peers.pause, peers.staged_bytes = lambda _step: None, None
+        peers.pause, peers.staged_bytes = lambda _step: None, before
     return worst
 
 

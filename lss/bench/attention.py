@@ -221,7 +221,9 @@ class Cell:
                 self._take_turn(run)
                 run.times, run.local_times = [], []
         for number in range(self.plan.repeat):
-            for run in self.runs:
+            # each round begins with another one: what a step leaves behind, heat above all, meets them all in turn
+            first = number % max(len(self.runs), 1)
+            for run in self.runs[first:] + self.runs[:first]:
                 if number < run.rounds:
                     self._take_turn(run, last=number + 1 == run.rounds)
         for run in self.runs:

@@ -11,8 +11,8 @@ import os
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lss.comm.texts import gather_texts
 # Bytes up to which copies are done by one kernel: an engine's start takes as long as 8 MiB over NVLink.
 SHORT_COPY = 16 << 20
 # Bytes from which on transfers travel in stages on GPUs whose streams signal without a kernel.
-STAGED_BYTES = 32 << 20
+STAGED_BYTES = 96 << 20
 # The barriers of a transfer, in their order.
 STEPS = ("free", "arrived0", "arrived1")
 
@@ -38,13 +38,13 @@ class PeerMemory:
 
     Args:
         group: the ranks, all of one host.
-        pause: called with a word at every step of a transfer; tests sleep there.
+        pause: called with a word at every step of a transfer, where the step's stream is the current one; tests sleep there.
     """
 
     def __init__(self, group: dist.ProcessGroup, pause: Callable[[str], None] | None = None) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.pause = pause or (lambda _step: None)
+        self.pause = pause
         self._buffers: dict[str, tuple[int, Any]] = {}
         # what `lss.comm.symmetric` keeps from call to call: where copies go, and marks of the last reads of each buffer
         self.routes: dict[Any, Any] = {}
@@ -66,8 +66,8 @@ class PeerMemory:
             self._buffers[name] = (nbytes, views)
         return views
 
-    def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """Copy each source to its place."""
+    def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, aside: bool) -> None:
+        """Copy each source to its place; `aside`: on the transfer stream."""
         for place, source in zip(places, sources, strict=True):
             place.copy_(source)
 
@@ -96,23 +96,24 @@ class PeerMemory:
         """
         dist.barrier(group=self.group)
 
-    def transfers(self) -> AbstractContextManager[Any]:
-        """The context in which transfers are issued: a side stream on a GPU."""
-        return nullcontext()
+    def reach(self, step: str, *, aside: bool = True) -> None:
+        """Come to a step of a transfer."""
+        if self.pause is not None:
+            self.pause(step)
 
     def follow(self) -> None:
         """Order the transfer stream behind what this rank has been told to compute so far."""
 
-    def mark(self) -> Any:
-        """A mark of everything issued so far in the current context, to wait for with `wait_for`."""
+    def mark(self, *, aside: bool) -> Any:
+        """A mark of everything issued so far, on the transfer stream or the current one, to wait for with `wait_for`."""
         return None
 
     def mark_read(self, name: str) -> None:
         """Everything issued so far that reads a buffer must be done before it is written again."""
-        self.read[name] = self.mark()
+        self.read[name] = self.mark(aside=False)
 
     def wait_for(self, mark: Any) -> None:
-        """Order the current context behind a mark."""
+        """Order what is issued next behind a mark."""
 
 
 class CudaPeerMemory(PeerMemory):
@@ -120,7 +121,9 @@ class CudaPeerMemory(PeerMemory):
 
     def __init__(self, group: dist.ProcessGroup, pause: Callable[[str], None] | None = None) -> None:
         super().__init__(group, pause)
-        self._device = torch.device("cuda", torch.cuda.current_device())
+        # its number: torch looks a device up anew wherever none is named, and that takes longer than to issue a copy
+        self._index = torch.cuda.current_device()
+        self._device = torch.device("cuda", self._index)
         self._stream = torch.cuda.Stream(self._device)
         self._handle: Any = None
         self._signals: StreamSignals | None = None
@@ -153,29 +156,44 @@ class CudaPeerMemory(PeerMemory):
         self._signals, self.staged_bytes = signals, STAGED_BYTES
         return True
 
-    def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, aside: bool) -> None:
+        if not places:
+            return
         # one launch where each copy is short; copy engines, which take no multiprocessor from attention, where it is long
         nbytes = sum(source.numel() * source.element_size() for source in sources)
-        if 0 < nbytes <= SHORT_COPY:
-            torch._foreach_copy_(list(places), list(sources))
-        else:
-            super().copy(places, sources)
+        with self._on_transfer_stream() if aside else nullcontext():
+            if nbytes <= SHORT_COPY:
+                torch._foreach_copy_(list(places), list(sources))
+            else:
+                super().copy(places, sources, aside=aside)
 
     def barrier(self, step: str) -> None:
-        if self._signals is None:
-            self._handle.barrier(channel=0)
-        else:
+        if self._signals is not None:
             self._signals.barrier(step)
+            return
+        with self._on_transfer_stream():
+            self._handle.barrier(channel=0)
 
-    def transfers(self) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(self._stream)
+    @contextmanager
+    def _on_transfer_stream(self) -> Iterator[None]:
+        before = torch.cuda.current_stream(self._index)
+        torch.cuda.set_stream(self._stream)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(before)
+
+    def reach(self, step: str, *, aside: bool = True) -> None:
+        if self.pause is not None:
+            with self._on_transfer_stream() if aside else nullcontext():
+                self.pause(step)
 
     def follow(self) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._stream.wait_stream(torch.cuda.current_stream(self._index))
 
-    def mark(self) -> Any:
+    def mark(self, *, aside: bool) -> Any:
         event = torch.cuda.Event()
-        event.record()
+        event.record(self._stream if aside else torch.cuda.current_stream(self._index))
         return event, torch.cuda.is_current_stream_capturing()
 
     def mark_read(self, name: str) -> None:
@@ -186,7 +204,7 @@ class CudaPeerMemory(PeerMemory):
         # an event means nothing across the border of a CUDA graph; `follow` orders a transfer behind what its stream was
         # given before, the graph's replay as a whole
         if mark is not None and mark[1] == torch.cuda.is_current_stream_capturing():
-            torch.cuda.current_stream(self._device).wait_event(mark[0])
+            torch.cuda.current_stream(self._index).wait_event(mark[0])
 
 
 def open_peers(group: dist.ProcessGroup, device: torch.device) -> PeerMemory | None:

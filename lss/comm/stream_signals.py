@@ -40,7 +40,7 @@ class StreamSignals:
         buffers: each rank's flags (uint8), 0 at first, at least 4 x steps x ranks bytes, mapped on this device.
         rank: this rank.
         steps: the names of the barriers.
-        stream: the one that signals and waits in the trial.
+        stream: the one that signals and waits.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class StreamSignals:
         self._batch.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
         size, starts = len(buffers), [buffer.data_ptr() for buffer in buffers]
         others = [(rank + step) % size for step in range(1, size)]
-        self._mine, self._stream = buffers[rank], stream
+        self._mine, self._stream, self._handle = buffers[rank], stream, stream.cuda_stream
         self._operations = {}
         for number, step in enumerate(steps):
             at = 4 * size * number
@@ -73,13 +73,13 @@ class StreamSignals:
         return None
 
     def barrier(self, step: str) -> None:
-        """Let the current stream wait until every rank's has come to this step.
+        """Let the stream wait until every rank's has come to this step.
 
         Raises:
             RuntimeError: the driver refuses.
         """
         operations = self._operations[step]
-        error = self._batch(torch.cuda.current_stream().cuda_stream, len(operations), operations, 0)
+        error = self._batch(self._handle, len(operations), operations, 0)
         if error:
             raise RuntimeError(f"cuStreamBatchMemOp failed with CUDA error {error}")
 
@@ -90,10 +90,9 @@ class StreamSignals:
         """
         done = torch.cuda.Event()
         try:
-            with torch.cuda.stream(self._stream):
-                for step in self._operations:
-                    self.barrier(step)
-                done.record()
+            for step in self._operations:
+                self.barrier(step)
+            done.record(self._stream)
         except RuntimeError:
             return False
         end = time.monotonic() + TRIAL_SECONDS

@@ -64,11 +64,13 @@ class _Route:
     """Where one kind of transfer goes: this rank's own buffer, and the copies of each leg of the way.
 
     Attributes:
+        counted: as large as what this transfer is counted as.
         stages: how many tokens of this rank's buffer have come after each leg, where others wait for that leg by itself.
     """
 
     mine: torch.Tensor
     legs: tuple[_Leg, ...]
+    counted: torch.Tensor
     stages: tuple[int, ...] = ()
 
 
@@ -132,11 +134,11 @@ class SymmetricTransport:
         self._next += 1
         kv = k_BTKH.contiguous(), v_BTKH.contiguous()  # a slice of heads is gathered to be copied in long runs
         route = self._route(name, self._kv_route, (k_BTKH.shape[0], *k_BTKH.shape[2:]), k_BTKH.dtype)
-        record("all_gather", "kv", route.mine)
+        record("all_gather", "kv", route.counted)
 
         def result() -> KV:
             self._reading = name, arriving
-            self._peers.pause("read")
+            self._peers.reach("read", aside=False)
             return route.mine[0], route.mine[1]
 
         way = _Way(self._peers, name, route, kv)
@@ -199,11 +201,10 @@ class SymmetricTransport:
             leaving.go(room)
         _, B, _, K, H = rooms[0].shape
         T, sums, name, mine = self._push.local_len, self._push.sums, leaving.name, leaving.route.mine
-        tokens = sum(b - a for room in self._push.returns for pieces in room for _, a, b in pieces)
-        record("reduce_scatter", "dkv", torch.empty(2, B, tokens, K, H, dtype=self._dkv_dtype, device="meta"))
+        record("reduce_scatter", "dkv", leaving.route.counted)
 
         def result() -> KV:
-            self._peers.pause("read")
+            self._peers.reach("read", aside=False)
             total = rooms[0].new_empty(2, B, T, K, H)
             for a, b, first, end in sums or ((0, T, 0, self._push.n_slots),):
                 _sum_slots(total[:, :, a:b], mine[first:end, :, :, a:b])
@@ -256,7 +257,7 @@ class SymmetricTransport:
             )
             for i in range(2 if staged else 1)
         )
-        return _Route(buffers[me], legs, tuple(edges[me][1:]))
+        return _Route(buffers[me], legs, buffers[me], tuple(edges[me][1:]))
 
     def _dkv_route(self, name: str, B: int, K: int, H: int, dtype: torch.dtype) -> _Route:
         push, me, size = self._push, self._peers.rank, self._peers.size
@@ -272,7 +273,8 @@ class SymmetricTransport:
             _Leg(tuple(copies(room, me)), tuple(c for peer in _others(self._peers) for c in copies(room, peer)))
             for room in range(len(push.slots))
         )
-        return _Route(buffers[me], legs)
+        tokens = sum(b - a for room in push.returns for pieces in room for _, a, b in pieces)
+        return _Route(buffers[me], legs, torch.empty(2, B, tokens, K, H, dtype=dtype, device="meta"))
 
 
 class _Way:
@@ -287,9 +289,8 @@ class _Way:
         if clear:
             route.mine.zero_()
         peers.follow()
-        with peers.transfers():
-            peers.pause("free")
-            peers.barrier("free")
+        peers.reach("free")
+        peers.barrier("free")
 
     def go(self, leg: int, *, beside: bool = False) -> None:
         """Issue a leg's copies, once.
@@ -301,19 +302,17 @@ class _Way:
         peers, copies = self._peers, self.route.legs[leg]
         if beside:
             peers.follow()
-        with peers.transfers():
-            peers.pause("copy")
-            peers.copy(*_pairs(copies.abroad + (copies.here if beside else ()), self._planes))
+        peers.reach("copy")
+        peers.copy(*_pairs(copies.abroad + (copies.here if beside else ()), self._planes), aside=True)
         if not beside:
-            peers.copy(*_pairs(copies.here, self._planes))
+            peers.copy(*_pairs(copies.here, self._planes), aside=False)
         self._gone.add(leg)
 
     def arrived(self, leg: int) -> Any:
         """All ranks have written what they issued before; returns the mark of it."""
-        with self._peers.transfers():
-            self._peers.pause("arrived")
-            self._peers.barrier(f"arrived{leg}")
-            return self._peers.mark()
+        self._peers.reach("arrived")
+        self._peers.barrier(f"arrived{leg}")
+        return self._peers.mark(aside=True)
 
 
 def _pairs(copies: Sequence[_Copy], planes: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

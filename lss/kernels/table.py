@@ -207,9 +207,10 @@ def pick_kernel(name: str, q_BTNH: torch.Tensor, features: Collection[str] = ())
     wanted = [n for n in KERNELS if name == "auto" or n == name or (name == "sdpa" and n.startswith("sdpa"))]
     if name == "auto" and q_BTNH.dtype == torch.float32:
         wanted.remove("flex")  # what float32 is asked for is exactness: plain torch gives it without a compiler
-    reasons = {n: _why_not(n, q_BTNH, features) for n in wanted}
-    for candidate, reason in reasons.items():
-        if reason is None:
+    reasons = {}
+    for candidate in wanted:
+        reasons[candidate] = _why_not(candidate, q_BTNH, features)
+        if reasons[candidate] is None:
             return KERNELS[candidate]
     told = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())
     raise refuse("kernel", name, f"does not fit ({told}); use 'auto' or 'tiled'")

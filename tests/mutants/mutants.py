@@ -331,15 +331,15 @@ MUTANTS = (
     Mutant(
         "a fast rank overwrites what a slow one still reads",
         "lss/comm/symmetric.py",
-        'peers.pause("free")\n            peers.barrier("free")',
-        'peers.pause("free")',
+        'peers.reach("free")\n        peers.barrier("free")',
+        'peers.reach("free")',
         ("tests/distributed/test_symmetric.py::test_parity_holds_when_ranks_are_late",),
     ),
     Mutant(
         "a rank reads what has not come yet",
         "lss/comm/symmetric.py",
-        'self._peers.pause("arrived")\n            self._peers.barrier(f"arrived{leg}")',
-        'self._peers.pause("arrived")',
+        'self._peers.reach("arrived")\n        self._peers.barrier(f"arrived{leg}")',
+        'self._peers.reach("arrived")',
         ("tests/distributed/test_symmetric.py::test_parity_holds_when_ranks_are_late",),
     ),
     Mutant(

@@ -40,9 +40,9 @@ def _gradients(mesh, offload, dtype=torch.float64, steps=3, layers=6, tokens=409
 @pytest.mark.parametrize("offload", ["host", "disk"])
 def test_gradients_are_the_same(one_gpu, offload, tmp_path):
     expected, _ = _gradients(one_gpu, None)
-    options = {"offload_gib": 0.05, "offload_path": str(tmp_path)} if offload == "disk" else {"offload_gib": 2}
+    options = {"offload_gib": 0.03, "offload_path": str(tmp_path)} if offload == "disk" else {"offload_gib": 2}
     found, offloader = _gradients(one_gpu, offload, **options)
-    assert offloader.tally.away > 100 << 20
+    assert offloader.tally.away > 40 << 20  # six layers, two tensors of 4 MiB each
     assert offloader.tally.here == 0
     assert max(gradient_errors(found, expected).values()) <= 1e-12
 

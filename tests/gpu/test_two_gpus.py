@@ -54,11 +54,12 @@ def test_half_precision_is_no_worse_than_one_gpu(kernel, dtype, strategy, order,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("S, N, K, chunks", [(1024, 8, 2, 1), (2000, 8, 2, 2), (4096, 4, 4, 1), (520, 6, 3, 1)])
 def test_two_prefixes_in_one_call_are_no_worse_than_one_gpu(dtype, S, N, K, chunks):
-    """One row: both calls of the first rank are one."""
+    """One row: both calls of the first rank are one. float16 resolves what each call rounds by itself."""
     options = {"S": S, "N": N, "K": K, "H": 128, "B": 1, "dtype": dtype, "kernel": "flash4"}
     ((own, *_),) = pool(1, "nccl").run(attention_case, 1, **options)
+    bound = 1.25 if dtype == torch.bfloat16 else 1.3
     for errors, *_ in pool(2, "nccl").run(attention_case, 2, head_chunks=chunks, transport="symmetric", **options):
-        assert all(found <= 1.25 * one for found, one in zip(errors, own, strict=True)), (errors, own)
+        assert all(found <= bound * one for found, one in zip(errors, own, strict=True)), (errors, own)
 
 
 @pytest.mark.parametrize("chunks", [1, 3])

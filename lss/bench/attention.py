@@ -72,7 +72,7 @@ class Cell:
         self.plan, self.heads, self.tokens, self.clock, self.results, self.facts = plan, heads, tokens, clock, results, facts
         comm, device, dtype = clock.comm, clock.device, DTYPES[plan.dtype]
         like = torch.empty(1, 1, 1, 1, dtype=dtype, device=device).expand(plan.batch, tokens, heads.N, heads.H)
-        yardsticks = one_device_candidates(plan.kernels, like)
+        yardsticks = one_device_candidates(plan.kernels, like, plan.yardsticks)
         cut = our_candidates(plan.strategies, plan.kernels, plan.orders, plan.options, like, comm)
         cut += rivals
         self.runs = [Run(c, row) for c in cut if plan.wants(c, heads, tokens) and not results.done(row := self._identity(c))]

@@ -206,10 +206,15 @@ def _prepare_local(inputs: Inputs, *, options: AttentionOptions, order: str, com
 # -- one device --------------------------------------------------------------------------------------------------------
 
 
-def one_device_candidates(kernels: Sequence[str], shape_BTNH: torch.Tensor) -> list[Candidate]:
-    """Every fused kernel that takes these queries, and those named; the fastest is what `ideal_ms` comes from."""
-    named = {_resolve(kernel, shape_BTNH)[0] for kernel in kernels}
-    wanted = [name for name in KERNELS if name in named or name not in _PLAIN]
+def one_device_candidates(
+    kernels: Sequence[str], shape_BTNH: torch.Tensor, yardsticks: Sequence[str] = ()
+) -> list[Candidate]:
+    """Every fused kernel that takes these queries, or the yardsticks alone, and those named among `kernels`.
+
+    The fastest is what `ideal_ms` comes from.
+    """
+    named = {_resolve(kernel, shape_BTNH)[0] for kernel in (*kernels, *yardsticks)}
+    wanted = [name for name in KERNELS if name in named or (name not in _PLAIN and not yardsticks)]
     fitting = [name for name in wanted if _resolve(name, shape_BTNH)[1] is None]
     return [Candidate(ONE_DEVICE, name, "whole", partial(_prepare_whole, kernel=name)) for name in fitting]
 

@@ -54,6 +54,7 @@ class AttentionPlan:
 
     Attributes:
         options: sets of overrides of `AttentionOptions`, each one more variant.
+        yardsticks: kernels to measure on one device, the fastest of which is the ideal; all fused ones that fit if empty.
         only: measure those candidates alone whose name, heads and tokens contain one of these words; all if empty.
         repeat: rounds at most; fewer, but 3 at least, where a candidate would take more than `seconds` in a cell.
         check_upto: tokens up to which gradients of keys are held to the truth too.
@@ -71,6 +72,7 @@ class AttentionPlan:
     repeat: int = 7
     seconds: float = 30.0
     check_upto: int = 131072
+    yardsticks: Sequence[str] = ()
     only: Sequence[str] = ()
 
     def validate(self, ranks: int) -> None:
@@ -82,6 +84,7 @@ class AttentionPlan:
         for option, values, known in (
             ("--strategies", [*self.strategies, *(o["strategy"] for o in self.options if "strategy" in o)], STRATEGIES),
             ("--kernels", [*self.kernels, *(o["kernel"] for o in self.options if "kernel" in o)], KERNEL_CHOICES),
+            ("--yardsticks", self.yardsticks, KERNEL_CHOICES),
             ("--orders", self.orders, ORDERS),
             ("--dtype", [self.dtype], DTYPES),
         ):

@@ -84,7 +84,7 @@ def _attention_plan(options: argparse.Namespace, ranks: int) -> AttentionPlan:
         strategies=_words(options.strategies), kernels=_words(options.kernels), orders=_words(options.orders),
         options=[parse_options(text) for text in options.options], rivals=load_rivals(options.rivals),
         dtype=options.dtype or DTYPE[device], batch=options.batch, repeat=options.repeat, seconds=options.seconds,
-        check_upto=options.check_upto, only=_words(options.only),
+        check_upto=options.check_upto, yardsticks=_words(options.yardsticks), only=_words(options.only),
     )  # fmt: skip
     plan.validate(ranks)
     tokens, heads = max(plan.lengths) * plan.batch, max(h.N * h.H for h in plan.heads)

@@ -18,6 +18,8 @@ def add_bench(verbs: Any, parser_class: type[argparse.ArgumentParser]) -> None:
     attention.add_argument("--lengths", metavar="S,S", help="tokens (default 8192 to 131072; 256,512 on a CPU)")
     attention.add_argument("--heads", metavar="N/KxH,...", help="query heads/key heads x size (default 32/8x128; 4/2x16)")
     attention.add_argument("--strategies", default="lss,ring,ulysses", metavar="NAMES", help="default lss,ring,ulysses")
+    attention.add_argument("--yardsticks", default="", metavar="NAMES",
+                           help="kernels on one device to compare with; default every fused one")  # fmt: skip
     attention.add_argument("--kernels", default="auto", metavar="NAMES", help="default auto; flash4,sdpa_cudnn for one")
     attention.add_argument("--orders", default="head_tail", metavar="NAMES", help="default head_tail")
     attention.add_argument("--options", action="append", default=[], metavar="NAME=VALUE;...",

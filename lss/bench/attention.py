@@ -24,7 +24,7 @@ from lss.bench.candidates import (
     our_candidates,
     rival_candidates,
 )
-from lss.bench.plan import CAPS, DTYPES, OWN_ERROR_FACTOR, AttentionPlan, Heads
+from lss.bench.plan import CAPS, DTYPES, AttentionPlan, Heads, own_bound
 from lss.bench.rival import places_of
 from lss.bench.rows import Results, Row, full_row, run_facts
 from lss.bench.timing import Clock, spread_of
@@ -185,7 +185,8 @@ class Cell:
         own = [r for r in own if r.candidate.kernel == candidate.kernel] or own
         if not candidate.strict or not own or self.plan.dtype in ("float64", "float32"):
             return dict.fromkeys(oracle.NAMES, cap)
-        return {name: min(cap, OWN_ERROR_FACTOR * max(r.errors[name] for r in own)) for name in oracle.NAMES}
+        dtype = DTYPES[self.plan.dtype]
+        return {name: min(cap, own_bound(name, max(r.errors[name] for r in own), dtype)) for name in oracle.NAMES}
 
     def _count(self, run: Run) -> None:
         cuda = self.clock.device.type == "cuda"

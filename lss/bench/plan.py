@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,16 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.f
 # Largest relative error of anything that gets a time, by dtype; and for LSS, over the one-device kernel's own error.
 CAPS = {"float64": 1e-12, "float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
 OWN_ERROR_FACTOR = 1.25
+
+
+def own_bound(name: str, own: float, dtype: torch.dtype) -> float:
+    """Largest error of one of LSS's results in half precision where the same kernel on one device has `own`.
+
+    dk and dv may have one rounding more: kernels return them in half precision, and each rank's calls a share of them.
+    Rounding to p bits is a relative error of 2^(1-p) / sqrt(12) over the root mean square mantissa, sqrt(3 / (2 ln 2)).
+    """
+    once = torch.finfo(dtype).eps / math.sqrt(12 * 3 / (2 * math.log(2))) if name in ("dk", "dv") else 0.0
+    return OWN_ERROR_FACTOR * math.hypot(own, once)
 
 
 @dataclass(frozen=True)

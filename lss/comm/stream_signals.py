@@ -15,12 +15,12 @@ from contextlib import suppress
 
 import torch
 
-_WAIT_32, _WRITE_32 = 1, 2  # CUstreamBatchMemOpType
+WAIT_32, WRITE_32 = 1, 2  # CUstreamBatchMemOpType
 _WAIT_EQUAL = 1  # CUstreamWaitValue_flags
 TRIAL_SECONDS = 5.0
 
 
-class _Operation(ctypes.Structure):
+class Operation(ctypes.Structure):
     """CUstreamBatchMemOpParams, for a wait or a write of 32 bits: 48 bytes."""
 
     _fields_ = (
@@ -48,17 +48,9 @@ class StreamSignals:
     ) -> None:
         self._batch = ctypes.CDLL("libcuda.so.1").cuStreamBatchMemOp_v2
         self._batch.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
-        size, starts = len(buffers), [buffer.data_ptr() for buffer in buffers]
-        others = [(rank + step) % size for step in range(1, size)]
         self._mine, self._stream, self._handle = buffers[rank], stream, stream.cuda_stream
-        self._operations = {}
-        for number, step in enumerate(steps):
-            at = 4 * size * number
-            mine = [starts[rank] + at + 4 * other for other in others]
-            told = [_operation(_WRITE_32, starts[other] + at + 4 * rank, 1) for other in others]
-            told += [_operation(_WAIT_32, place, 1, _WAIT_EQUAL) for place in mine]
-            told += [_operation(_WRITE_32, place, 0) for place in mine]
-            self._operations[step] = (_Operation * len(told))(*told)
+        starts = [buffer.data_ptr() for buffer in buffers]
+        self._operations = {step: barrier_operations(starts, rank, number) for number, step in enumerate(steps)}
 
     @classmethod
     def opened(
@@ -105,5 +97,16 @@ class StreamSignals:
         return True
 
 
-def _operation(kind: int, address: int, value: int, flags: int = 0) -> _Operation:
-    return _Operation(kind=kind, address=address, value=value, flags=flags)
+def barrier_operations(starts: Sequence[int], rank: int, number: int) -> ctypes.Array[Operation]:
+    """What a rank's stream does at the barrier of this number; `starts` are the addresses of the ranks' flags."""
+    size, at = len(starts), 4 * len(starts) * number
+    others = [(rank + step) % size for step in range(1, size)]
+    mine = [starts[rank] + at + 4 * other for other in others]
+    told = [_operation(WRITE_32, starts[other] + at + 4 * rank, 1) for other in others]
+    told += [_operation(WAIT_32, place, 1, _WAIT_EQUAL) for place in mine]
+    told += [_operation(WRITE_32, place, 0) for place in mine]
+    return (Operation * len(told))(*told)
+
+
+def _operation(kind: int, address: int, value: int, flags: int = 0) -> Operation:
+    return Operation(kind=kind, address=address, value=value, flags=flags)

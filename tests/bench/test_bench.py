@@ -314,7 +314,7 @@ def half_precision(factor: float) -> list[dict]:
     """Runs on a rank of a pool, as all that needs a mesh."""
     plan = AttentionPlan(**vars(PLAN) | {"dtype": "bfloat16", "strategies": ("lss", "ring"), "lengths": [128]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lss.bench.attention.OWN_ERROR_FACTOR", factor)
+        patch.setattr("lss.bench.plan.OWN_ERROR_FACTOR", factor)
         return measure(plan, 1)
 
 

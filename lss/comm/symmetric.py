@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from lss.comm.collectives import KV, Pending
-from lss.comm.counter import record
+from lss.comm.counter import record, waiting_inside
 from lss.comm.peers import PeerMemory
 from lss.segment import Push
 
@@ -183,7 +183,7 @@ class SymmetricTransport:
             route.mine.zero_()
         peers.copy(*_pairs(route.here, planes))
         peers.follow()
-        with peers.transfers():
+        with waiting_inside(), peers.transfers():
             peers.pause("free")
             peers.barrier()
             for come, copies in route.stages:

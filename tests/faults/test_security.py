@@ -119,10 +119,12 @@ def test_ranks_that_lss_starts_listen_on_loopback_only(tmp_path):
 def test_no_variable_of_the_environment_is_written_down(tmp_path):
     """Neither by the ranks nor into what they leave: metrics, run.json, report, TensorBoard, checkpoints."""
     secret = "canary-7d1f0c6a"
-    run = Run(tmp_path / "run", 2, ["train.steps=2", "train.eval_every=1"], environ={"MY_TOKEN": secret, secret: "x"})
+    run = Run(
+        tmp_path / "run", 2, ["train.steps=2", "train.eval_every=1"], environ={"MY_TOKEN": secret, secret: "x"}, report=True
+    )
     assert run.wait() == [0, 0], run.said()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"metrics.jsonl", "run.json"} <= {path.name for path in files}
+    assert {"metrics.jsonl", "run.json", "report.html"} <= {path.name for path in files}
     assert sum(path.suffix == ".safetensors" for path in files) >= 1
     for path in files:
         assert secret.encode() not in path.read_bytes(), path

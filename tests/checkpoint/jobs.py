@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import lss.checkpoint.files as files
+import lss.checkpoint.save as save
 from lss.checkpoint.layout import local_of
 from lss.config.errors import Failed
 from lss.parallel import full_state_dict
@@ -74,6 +75,28 @@ def late_save(ranks: int, out: str, overrides: list[str]):
     finally:
         undo()
     return unfinished, then, everything(trainer)
+
+
+def late_copy(ranks: int, out: str):
+    """A save whose copies are late is waited for by the next update: what was held at the save and after the update."""
+    trainer = trainer_of(ranks, out, ["checkpoint.background=true"])
+    trainer.train_step(1)
+    then, copy, late = everything(trainer), save._copy, []
+
+    def slow(copies):
+        time.sleep(0.3)
+        late.append(time.monotonic())
+        copy(copies)
+
+    save._copy = slow
+    try:
+        trainer.save(1)
+        returned = time.monotonic()
+        trainer.train_step(2)
+        trainer.finish_saves()
+    finally:
+        save._copy = copy
+    return late[0] > returned, then, everything(trainer)
 
 
 def no_copies(ranks: int, out: str):

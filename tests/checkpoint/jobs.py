@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -81,22 +82,23 @@ def late_copy(ranks: int, out: str):
     """A save whose copies are late is waited for by the next update: what was held at the save and after the update."""
     trainer = trainer_of(ranks, out, ["checkpoint.background=true"])
     trainer.train_step(1)
-    then, copy, late = everything(trainer), save._copy, []
+    then, copy, updated = everything(trainer), save._copy, threading.Event()
+    handle = trainer.optimizer.register_step_post_hook(lambda *_: updated.set())
 
-    def slow(copies):
-        time.sleep(0.3)
-        late.append(time.monotonic())
+    def late(copies):
+        updated.wait(1.0)  # an update that does not wait comes first
         copy(copies)
 
-    save._copy = slow
+    save._copy = late
     try:
         trainer.save(1)
-        returned = time.monotonic()
+        returned_first = not trainer.saving._saver._copied.is_set()
         trainer.train_step(2)
         trainer.finish_saves()
     finally:
         save._copy = copy
-    return late[0] > returned, then, everything(trainer)
+        handle.remove()
+    return returned_first, then, everything(trainer)
 
 
 def no_copies(ranks: int, out: str):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,8 +33,7 @@ def lss(*arguments, cwd, env=None, timeout=120):
 
 def python_m_lss(*arguments, cwd, timeout=120):
     """The same by `python -m lss`, which imports all that it needs."""
-    return subprocess.run([sys.executable, "-m", "lss", *map(str, arguments)], cwd=cwd, env=variables_of(),
-                          capture_output=True, text=True, timeout=timeout, check=False)  # fmt: skip
+    return Command(arguments, cwd, variables_of(), fork=False).wait(timeout)
 
 
 def free_port():

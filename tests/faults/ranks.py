@@ -12,7 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 # One import of torch, and of what a run imports on its way, for all ranks of all runs: without it each rank of each case
 # takes seconds of a core to start, and to end with a report.
@@ -76,29 +78,55 @@ def _command(
 
 
 class Command:
-    """`lss ARGUMENTS` in a folder, with these variables and no others, as a process of its own; `hook` is called before."""
+    """`lss ARGUMENTS` in a folder, with these variables and no others, as a process of its own.
+
+    Args:
+        hook: called in it before.
+        fork: from the process that has imported all; otherwise it is `python -m lss`, which imports what it needs.
+    """
 
     def __init__(
         self,
         arguments: Sequence[object],
         cwd: Path,
         environ: Mapping[str, str],
+        *,
         hook: Callable[[], None] | None = None,
+        fork: bool = True,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._logs = [Path(self._folder.name) / name for name in ("out", "error")]
-        given = ([str(argument) for argument in arguments], dict(environ), str(cwd), *map(str, self._logs), hook)
-        self._process = _CONTEXT.Process(target=_command, args=given)
-        self._process.start()
+        typed = [str(argument) for argument in arguments]
+        self._process: Any = None
+        if fork:
+            given = (typed, dict(environ), str(cwd), *map(str, self._logs), hook)
+            self._process = _CONTEXT.Process(target=_command, args=given)
+            self._process.start()
+        else:
+            with self._logs[0].open("w") as out, self._logs[1].open("w") as error:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "lss", *typed], cwd=cwd, env=environ, stdout=out, stderr=error
+                )
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        return self._process.poll() if isinstance(self._process, subprocess.Popen) else self._process.exitcode
+
+    def said(self) -> list[str]:
+        """What it has printed on standard output and on standard error."""
+        return [log.read_text() if log.exists() else "" for log in self._logs]
 
     def wait(self, timeout: float = 120.0) -> subprocess.CompletedProcess:
         """Wait for its end; returns what `subprocess.run` would."""
-        self._process.join(timeout)
-        code = self._process.exitcode
+        if isinstance(self._process, subprocess.Popen):
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout)
+        else:
+            self._process.join(timeout)
+        code, told = self.poll(), self.said()
         if code is None:
             self._process.kill()
-            self._process.join()
-        told = [log.read_text() for log in self._logs]
         self._folder.cleanup()
         assert code is not None, f"not within {timeout} s\n{told}"
         return subprocess.CompletedProcess([], code, *told)

@@ -1,10 +1,10 @@
 """What checksums cost a save, and how long a background save holds up training: `python benchmarks/checkpoint.py`.
 
 One process, about 1 GB of float32 weights and optimizer states by default. Three ways in turn, the median of several
-rounds: the same save without digests, with them, and in the background. There two stalls are told: of a loop that updates at
-once (beginning the save, and waiting for its copies), and of one that computes for `--step` seconds in between, which is
-how much longer that takes than without a save. Every save ends in fsync, so that what is timed is the disk and not the page cache. On a machine that does other work the
-best of the rounds says more than their median, and `load` says that it did.
+rounds: the same save without digests, with them, and in the background. There two stalls are told: of a loop that updates
+at once (beginning the save, and waiting for its copies), and of one that computes for `--step` seconds in between, which is
+how much longer that takes than without a save. Every save ends in fsync, so that what is timed is the disk and not the page
+cache. On a machine that does other work the best of the rounds says more than their median, and `load` says that it did.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ class Checkpoint:
         if hashlib.sha256(raw).hexdigest() != self.files[STATE]["sha256"]:
             raise Refused(f"{path}: damaged, its SHA-256 is not the manifest's.")
         state = parse_json(raw, path)
-        if state.get("format") != self.format or state.get("step") != self.step or not isinstance(state.get("optimizer"), str):
+        mine = (state.get("format"), state.get("step")) == (self.format, self.step)
+        if not mine or not isinstance(state.get("optimizer"), str):
             raise Refused(f"{path}: not the state of step {self.step} in format {self.format}.")
         return state
 

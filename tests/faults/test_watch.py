@@ -58,10 +58,8 @@ def befall(case: Case, folder):
     if case.do == "sleep":
         wanted |= {"seconds": 100}
     timeout = TIMEOUT if case.do == "sleep" else 60
-    run = Run(
-        folder / "run", case.nproc, ["train.steps=1000", f"checkpoint.every={STEP - 1}", f"train.timeout={timeout}", *case.overrides],
-        hook=plant, environ={"PLANT": json.dumps(wanted)},
-    )  # fmt: skip
+    options = ["train.steps=1000", f"checkpoint.every={STEP - 1}", f"train.timeout={timeout}", *case.overrides]
+    run = Run(folder / "run", case.nproc, options, hook=plant, environ={"PLANT": json.dumps(wanted)})
     try:
         others = [process for rank, process in enumerate(run.processes) if rank != case.rank]
         run.wait_for(lambda: _struck(run, case), 120)

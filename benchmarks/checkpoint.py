@@ -1,9 +1,10 @@
 """What checksums cost a save, and how long a background save holds up training: `python benchmarks/checkpoint.py`.
 
 One process, about 1 GB of float32 weights and optimizer states by default. Three ways in turn, the median of several
-rounds: the same save without digests, with them, and in the background, where the stall is the time that `start` takes.
-Every save ends in fsync, so that what is timed is the disk and not the page cache. On a machine that does other work the
-best of the rounds says more than their median, and `load` says that it did.
+rounds: the same save without digests, with them, and in the background. There two stalls are told: of a loop that updates
+at once (beginning the save, and waiting for its copies), and of one that computes for `--step` seconds in between, which is
+how much longer that takes than without a save. Every save ends in fsync, so that what is timed is the disk and not the page
+cache. On a machine that does other work the best of the rounds says more than their median, and `load` says that it did.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ import lss
 import lss.checkpoint.files as files
 import lss.checkpoint.save as save
 from lss.checkpoint import Saver
+from lss.checkpoint.digest import PIECE
 from lss.comm import control
 from lss.segment import whole_piece
+
+KINDS = ("plain", "digest", "background_stall", "background_stall_beside_a_step", "background_whole", "hash_alone")
 
 
 def pace(rate: float) -> None:
@@ -51,6 +55,10 @@ class NoDigest:
     def update(self, data) -> None:
         """Nothing."""
 
+    def digest(self) -> bytes:
+        """One of the right length."""
+        return bytes(32)
+
     def hexdigest(self) -> str:
         """A digest of the right form."""
         return "0" * 64
@@ -72,19 +80,27 @@ class Alone:
         return (0,)
 
 
-def main() -> None:
-    """Measure and append one row."""
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=1024, help="size of a save (default 1024)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", action="store_true", help="leave torch all cores, as a rank on a host of its own has")
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")
     parser.add_argument("--disk", type=float, default=0, metavar="MB_S", help="pace writes like a disk of this speed; "
                         "give a --folder in memory with it")  # fmt: skip
+    parser.add_argument("--step", type=float, default=0.5, help="seconds of forward and backward (default 0.5)")
     parser.add_argument("--output", default="benchmarks/results/checkpoint-cpu.jsonl")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and append one row."""
+    options = parsed()
     if options.disk:
         pace(options.disk * 1e6)
-    torch.set_num_threads(1)  # what a rank has on a host with a rank a core
+    if not options.threads:
+        torch.set_num_threads(1)  # what a rank has on a host with a rank a core
     side = 1024
     model = nn.ParameterList(nn.Parameter(torch.randn(side, side)) for _ in range(options.mib * 2**20 // (12 * side * side)))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -93,22 +109,31 @@ def main() -> None:
     optimizer.step()
     mesh = lss.init_mesh()
     place = Path(tempfile.mkdtemp(dir=options.folder))
-    plain = files.write_tensors
-    kinds: dict[str, list[float]] = {
-        kind: [] for kind in ("plain", "digest", "background_stall", "background_whole", "hash_alone")
-    }
+    plain, kinds = save.PieceDigest, {kind: list[float]() for kind in KINDS}
+    a = torch.randn(512, 512)
+
+    def compute(times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            torch.mm(a, a)
+        return time.perf_counter() - began
+
+    times = max(1, round(options.step / min(compute(20) / 20 for _ in range(5))))
     savers = {
         background: Saver(place, Alone(mesh, model), control(mesh, str(background)), keep=1, background=background)
         for background in (False, True)
     }
     step = 0
 
-    def timed(background: bool) -> tuple[float, float]:
+    def timed(background: bool, computed: int = 0) -> tuple[float, float]:
+        """Seconds until the weights may change, and until the save is complete."""
         nonlocal step
         step += 1
         os.sync()
         began = time.perf_counter()
         savers[background].start(step, model, optimizer, {})
+        compute(computed)
+        savers[background].copied()
         stalled = time.perf_counter() - began
         outcome = savers[background].wait()
         assert outcome is not None
@@ -118,17 +143,18 @@ def main() -> None:
     for number in range(options.rounds + 1):
         took = {}
         for digest in ((NoDigest, hashlib.sha256), (hashlib.sha256, NoDigest))[number % 2]:  # neither always comes first
-            save.write_tensors = lambda path, tensors, digest=digest: plain(path, tensors, digest)
+            save.PieceDigest = lambda pool, digest=digest: plain(pool, digest)
             took[digest] = timed(False)[1]
-        save.write_tensors = plain
+        save.PieceDigest = plain
         without, with_digest = took[NoDigest], took[hashlib.sha256]
-        stall, whole = timed(True)
+        at_once, whole = timed(True)
+        beside = timed(True, times)[0] - compute(times)
         began = time.perf_counter()
         for file in sorted((place / f"step_{step}").glob("*.safetensors")):
-            files.hash_file(file)
+            files.hash_file(file, PIECE)
         alone = time.perf_counter() - began
         if number:  # the first round makes the host buffers and warms the disk
-            for kind, value in zip(kinds, (without, with_digest, stall, whole, alone), strict=True):
+            for kind, value in zip(kinds, (without, with_digest, at_once, beside, whole, alone), strict=True):
                 kinds[kind].append(value)
     size = sum(path.stat().st_size for path in (place / f"step_{step}").iterdir())
     shutil.rmtree(place)
@@ -141,9 +167,11 @@ def main() -> None:
         "checksum_share": round(middle["digest_s"] / middle["plain_s"] - 1, 4),
         "checksum_share_of_pairs": round(statistics.median(pairs), 4),
         "stall_share": round(middle["background_stall_s"] / middle["digest_s"], 4),
+        "stall_share_beside_a_step": round(middle["background_stall_beside_a_step_s"] / middle["digest_s"], 4),
         "checksum_share_of_best": round(min(kinds["digest"]) / min(kinds["plain"]) - 1, 4),
         "stall_share_of_best": round(min(kinds["background_stall"]) / min(kinds["digest"]), 4),
         "cpu": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "step_s": options.step,
     }  # fmt: skip
     print(json.dumps(row, indent=1))
     with Path(options.output).open("a") as file:

@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lss.checkpoint.digest import PieceDigest, hash_descriptor
 from lss.config.errors import Refused
 
 DTYPES = {
@@ -27,12 +27,10 @@ LARGEST_HEADER = 100_000_000  # bytes; what the safetensors library allows too
 LARGEST_JSON = 64 << 20
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], digest: Callable[[], Any] = hashlib.sha256
-) -> tuple[int, str]:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], digest: PieceDigest) -> tuple[int, str]:
     """Write tensors of the host as a safetensors file and flush it to disk; returns its bytes and its digest.
 
-    A second thread hashes each part while the next is written, so that on a second core the digest costs next to nothing.
+    Each part is given to `digest`, a new one, whose threads hash it while it and the next are written.
     Memory: none of its own; the tensors are read where they lie, those that are not contiguous copied one at a time.
 
     Raises:
@@ -47,22 +45,17 @@ def write_tensors(
         at += size
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    hashed, flags = digest(), os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    descriptor = os.open(path, flags, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        with ThreadPoolExecutor(1) as hasher:
-            last: Future | None = None
-            for data in (len(raw).to_bytes(8, "little") + raw, *(_bytes_of(tensor) for _, tensor in ordered)):
-                for start in range(0, len(data), CHUNK):
-                    chunk = memoryview(data)[start : start + CHUNK]
-                    last = hasher.submit(hashed.update, chunk)
-                    write_bytes(descriptor, chunk)
-            os.fsync(descriptor)
-            if last is not None:
-                last.result()
+        for data in (len(raw).to_bytes(8, "little") + raw, *(_bytes_of(tensor) for _, tensor in ordered)):
+            for start in range(0, len(data), CHUNK):
+                chunk = memoryview(data)[start : start + CHUNK]
+                digest.update(chunk)
+                write_bytes(descriptor, chunk)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return 8 + len(raw) + at, hashed.hexdigest()
+    return 8 + len(raw) + at, digest.hexdigest()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview | bytes:
@@ -153,7 +146,9 @@ def read_header(path: Path) -> dict[str, Any]:
         return parse_json(file.read(length), path)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a plain file, in hexadecimal."""
+def hash_file(path: Path, piece: int = 0) -> str:
+    """SHA-256 of a plain file, in hexadecimal; with `piece` its digest by pieces of so many bytes."""
     with os.fdopen(open_regular(path), "rb") as file:
+        if piece:
+            return hash_descriptor(file.fileno(), piece)
         return hashlib.file_digest(file, "sha256").hexdigest()

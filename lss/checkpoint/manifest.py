@@ -1,8 +1,9 @@
 """A checkpoint's manifest, and holding a folder against it.
 
 `step_N/` holds `weights-00000-of-00004.safetensors` and `optimizer-00000-of-00004.safetensors`, one pair for every rank
-that wrote anything, `state.json`, and `manifest.json`: the step, the ranks that wrote, every file's bytes and SHA-256,
-every tensor's dtype, shape and the boxes that it lies in, and the SHA-256 of all this. The manifest is stored in exactly
+that wrote anything, `state.json`, and `manifest.json`: the step, the ranks that wrote, every file's bytes and SHA-256 (of
+a file longer than a piece that of its pieces' SHA-256s, with the `piece`'s bytes: see `lss.checkpoint.digest`), every
+tensor's dtype, shape and the boxes that it lies in, and the SHA-256 of all this. The manifest is stored in exactly
 the form that its digest is taken of, so that no byte of it can change either. Nothing else may lie in the folder.
 """
 
@@ -16,10 +17,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lss.checkpoint.digest import LARGEST_PIECE, PIECE, SMALLEST_PIECE
 from lss.checkpoint.files import DTYPES, LARGEST_JSON, hash_file, open_regular, parse_json, read_file, read_header
 from lss.config.errors import Refused
 
-FORMAT = 2
+FORMAT = 3
+READ = (2, 3)  # in format 2 a file's digest is its SHA-256, however long it is
 MANIFEST, STATE = "manifest.json", "state.json"
 KINDS = ("weights", "optimizer")
 STEP_NAME = re.compile(r"step_(0|[1-9][0-9]{0,17})")
@@ -37,6 +40,11 @@ def render(content: dict[str, Any]) -> bytes:
     plain = {key: value for key, value in content.items() if key != "digest"}
     digest = hashlib.sha256(_canonical(plain)).hexdigest()
     return _canonical(plain | {"digest": digest}) + b"\n"
+
+
+def file_facts(size: int, digest: str) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"bytes": size, "sha256": digest} | ({"piece": PIECE} if size > PIECE else {})
 
 
 def _canonical(value: Any) -> bytes:
@@ -71,6 +79,11 @@ class Checkpoint:
         """Every file's bytes and SHA-256, by name."""
         return self.manifest["files"]
 
+    @property
+    def format(self) -> int:
+        """The format that it was written in."""
+        return self.manifest["format"]
+
     def tensors(self, kind: str) -> dict[str, dict[str, Any]]:
         """Every tensor's dtype, shape and pieces, by name; `kind` is "weights" or "optimizer"."""
         return self.manifest["tensors"][kind]
@@ -86,14 +99,15 @@ class Checkpoint:
         if hashlib.sha256(raw).hexdigest() != self.files[STATE]["sha256"]:
             raise Refused(f"{path}: damaged, its SHA-256 is not the manifest's.")
         state = parse_json(raw, path)
-        if state.get("format") != FORMAT or state.get("step") != self.step or not isinstance(state.get("optimizer"), str):
-            raise Refused(f"{path}: not the state of step {self.step} in format {FORMAT}.")
+        mine = (state.get("format"), state.get("step")) == (self.format, self.step)
+        if not mine or not isinstance(state.get("optimizer"), str):
+            raise Refused(f"{path}: not the state of step {self.step} in format {self.format}.")
         return state
 
     def check_file(self, name: str) -> None:
         """Refuse a file whose bytes are not those saved, by name, and tensors that are not where the manifest says."""
-        path = self.path / name
-        if hash_file(path) != self.files[name]["sha256"]:
+        path, facts = self.path / name, self.files[name]
+        if hash_file(path, facts.get("piece", 0)) != facts["sha256"]:
             raise Refused(f"{path}: damaged, its SHA-256 is not the manifest's.")
         if name != STATE:
             self._check_header(name)
@@ -161,8 +175,9 @@ def verify(path: Path) -> Checkpoint:
 def _read_manifest(path: Path) -> dict[str, Any]:
     raw = read_file(path, LARGEST_JSON)
     content = parse_json(raw, path)
-    if content.get("format") != FORMAT:
-        raise Refused(f"{path}: not of format {FORMAT}, the one that this version reads.")
+    if content.get("format") not in READ:
+        formats = " or ".join(map(str, READ))
+        raise Refused(f"{path}: not of format {formats}, which this version reads.")
     try:
         sound = render(content) == raw
     except (ValueError, RecursionError):
@@ -184,7 +199,10 @@ def _faults(content: dict[str, Any]) -> str:
     for name, facts in content["files"].items():
         if name != STATE and not _TENSOR_FILE.fullmatch(name):
             return f"it names {name!r}, which is no file of a checkpoint"
-        fits = isinstance(facts, dict) and facts.keys() == {"bytes", "sha256"} and _whole(facts["bytes"])
+        fits = isinstance(facts, dict) and facts.keys() - {"piece"} == {"bytes", "sha256"} and _whole(facts["bytes"])
+        if fits and "piece" in facts:
+            piece = facts["piece"]
+            fits = content["format"] > 2 and _whole(piece) and SMALLEST_PIECE <= piece <= LARGEST_PIECE
         if not fits or not isinstance(facts["sha256"], str) or not _DIGEST.fullmatch(facts["sha256"]):
             return f"it does not give the bytes and SHA-256 of {name}"
     if STATE not in content["files"]:

@@ -1,7 +1,9 @@
 """Writing checkpoints: every rank its share, aside, and a name only for what is whole.
 
-A save is begun and then waited for. Beginning copies the tensors to host memory that is the save's own; a thread then
-writes, hashes and flushes them, agrees with the other ranks' and commits. A synchronous save is one waited for at once.
+A save is begun and then waited for. A thread writes the tensors, hashes and flushes them, agrees with the other ranks' and
+commits. A synchronous save is one waited for at once. One in the background first copies the tensors to host memory that
+is the save's own: a GPU's in the order of its stream, a host's by the thread, beside the next forward and backward, which
+change none of them; `copied` is waited for before the update, which does.
 """
 
 from __future__ import annotations
@@ -11,17 +13,18 @@ import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lss.checkpoint.digest import PieceDigest, hashers
 from lss.checkpoint.files import NAMES, flush_folder, write_file, write_tensors
 from lss.checkpoint.find import commit, prune, remove_leftovers, writing_folder
 from lss.checkpoint.layout import TensorLayout, local_of, written_pieces
-from lss.checkpoint.manifest import FORMAT, KINDS, MANIFEST, STATE, render, tensor_file, tensor_key
+from lss.checkpoint.manifest import FORMAT, KINDS, MANIFEST, STATE, file_facts, render, tensor_file, tensor_key
 from lss.comm import Control
 
 
@@ -51,6 +54,7 @@ class _Job:
     entries: dict[str, dict[str, dict[str, Any]]]
     state: dict[str, Any]
     ready: Any = None  # on a GPU: when the copies have come
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # on the host: (to, from), still to do
 
     @property
     def bytes(self) -> int:
@@ -67,8 +71,8 @@ class Saver:
         control: what the ranks agree over; the saver's own, since its thread calls it.
         keep: how many of the newest saves stay; older ones go after a newer one is complete.
         keep_every: saves of steps that this divides stay for ever; 0 for none.
-        background: copy in `start` and write while the caller goes on. Without it a host's tensors are written from where
-            they lie, and `start` must be followed by `wait` before they change.
+        background: copy, and write while the caller goes on; `copied` must be called before weights or optimizer change.
+            Without it a host's tensors are written from where they lie, and `start` must be followed by `wait` before.
 
     Memory: in the background, this rank's share in host memory (pinned for a GPU's), kept from save to save.
     """
@@ -88,6 +92,7 @@ class Saver:
         self._held: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
+        self._copied = threading.Event()
 
     def start(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Begin to save as `step_N` what model and optimizer hold now.
@@ -101,9 +106,15 @@ class Saver:
         assert self._thread is None, "the save before has not been waited for"
         job = self._collect(step, model, optimizer, dict(state))
         self._outcome = None
+        self._copied.clear()
         # a daemon: a run that fails must not wait for a save that cannot end
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save of step {step}", daemon=True)
         self._thread.start()
+
+    def copied(self) -> None:
+        """Wait until a save in the background has the values of its step; weights and optimizer may change from then on."""
+        if self._thread is not None and self._background:
+            self._copied.wait()
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait for the save under way; returns how it ended, None where there is none or time is up."""
@@ -144,18 +155,21 @@ class Saver:
             entry = job.entries[kind].setdefault(title, {"dtype": NAMES[tensor.dtype], "shape": list(shape), "pieces": []})
             file = tensor_file(kind, self._control.rank, self._control.size)
             entry["pieces"].append({"file": file, "key": key, "at": list(piece.at), "size": list(piece.size)})
-            job.tensors[kind][key] = self._host(f"{kind} {key}", tensor[piece.slices()])
+            job.tensors[kind][key] = self._host(job, f"{kind} {key}", tensor[piece.slices()])
 
-    def _host(self, place: str, box: torch.Tensor) -> torch.Tensor:
-        """The values of now, in host memory."""
+    def _host(self, job: _Job, place: str, box: torch.Tensor) -> torch.Tensor:
+        """Where the values of now are, or will be once `job.copies` are done, in host memory."""
         if not self._background and not box.is_cuda:
             return box
         held = self._held.get(place)
         if held is None or held.shape != box.shape or held.dtype != box.dtype:
             held = torch.empty(box.shape, dtype=box.dtype, pin_memory=box.is_cuda)
             self._held[place] = held
-        # on a GPU in the order of its stream, so that the next update comes after
-        held.copy_(box, non_blocking=True)
+        if box.is_cuda:
+            # in the order of its stream, so that the next update comes after
+            held.copy_(box, non_blocking=True)
+        else:
+            job.copies.append((held, box))
         return held
 
     # -- the thread --------------------------------------------------------------------------------------------------
@@ -163,6 +177,10 @@ class Saver:
     def _run(self, job: _Job) -> None:
         path = self.folder / f"step_{job.step}"
         try:
+            try:
+                _copy(job.copies)
+            finally:
+                self._copied.set()
             if job.ready is not None:
                 job.ready.synchronize()
             self._outcome = Outcome(job.step, path, self._save(job, path))
@@ -209,16 +227,17 @@ class Saver:
     def _write(self, job: _Job, aside: Path) -> dict[str, Any]:
         rank, world = self._control.rank, self._control.size
         shares = {tensor_file(kind, rank, world): tensors for kind, tensors in job.tensors.items() if tensors}
-        # both files at once: one core hashes about as fast as a good disk writes, two are faster
-        with ThreadPoolExecutor(len(KINDS)) as writers:
-            written = {name: writers.submit(write_tensors, aside / name, tensors) for name, tensors in shares.items()}
-        return {name: dict(zip(("bytes", "sha256"), done.result(), strict=True)) for name, done in written.items()}
+        # both files at once, and each in pieces: one core hashes about as fast as a good disk writes, two are faster
+        with hashers() as pool, ThreadPoolExecutor(len(KINDS)) as writers:
+            written = {name: writers.submit(write_tensors, aside / name, tensors, PieceDigest(pool))
+                       for name, tensors in shares.items()}  # fmt: skip
+        return {name: file_facts(*done.result()) for name, done in written.items()}
 
     def _commit(self, job: _Job, path: Path, told: list[dict[str, Any]]) -> None:
         aside = writing_folder(path)
         state = {"format": FORMAT, "step": job.step} | job.state | {"ranks": [one["rank"] for one in told]}
         size, digest = write_file(aside / STATE, json.dumps(state, indent=1).encode() + b"\n")
-        files = {STATE: {"bytes": size, "sha256": digest}}
+        files: dict[str, Any] = {STATE: {"bytes": size, "sha256": digest}}
         tensors: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
         for one in told:
             files |= one["files"]
@@ -230,6 +249,14 @@ class Saver:
         write_file(aside / MANIFEST, render(content))
         commit(path)
         prune(self.folder, self._keep, self._keep_every)
+
+
+def _copy(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy on the host, and let the originals go."""
+    with torch.no_grad():
+        while copies:
+            held, box = copies.pop()
+            held.copy_(box)
 
 
 def _prepare(path: Path) -> int:

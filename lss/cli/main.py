@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from lss.cli.bench_options import add_bench
 from lss.config import LARGEST, show
-from lss.config.errors import Failed, Refused, SaidElsewhere, Stopped, refuse
+from lss.config.errors import Failed, FailedElsewhere, Refused, SaidElsewhere, Stopped, refuse
 from lss.train.signals import Signals, is_first_rank
 
 # What the numbers among the options may be, lowest and highest.
@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as refusal:
         print(f"lss: {refusal}", file=sys.stderr)
         return 2
+    except FailedElsewhere:
+        return 1
     except Failed as failure:
         print(f"lss: {failure}", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from lss.config import Config, load_config
-from lss.config.errors import Refused, SaidElsewhere, refuse
+from lss.config.errors import Failed, FailedElsewhere, Refused, SaidElsewhere, refuse
 from lss.environment import rank_environment
 from lss.meeting import first_to_say, open_store
 from lss.mesh import first_to_refuse
@@ -73,22 +73,24 @@ def rendezvous_timeout(options: argparse.Namespace) -> timedelta:
 
 @contextmanager
 def told_once(mesh: DeviceMesh | None = None) -> Iterator[None]:
-    """Let one rank say what several refuse alike: each passes on the sentence through the store that they meet at.
+    """Let one rank say what ends several alike: each passes on the sentence through the store that they meet at.
 
     Args:
         mesh: of the ranks, where they have met already.
 
     Raises:
         SaidElsewhere: instead of a refusal that another rank has told.
+        FailedElsewhere: instead of a failure that another rank has told.
     """
     try:
         yield
-    except SaidElsewhere:
+    except (SaidElsewhere, FailedElsewhere):
         raise
-    except Refused as refusal:
-        if _is_mine(str(refusal), mesh):
+    except (Refused, Failed) as error:
+        if _is_mine(str(error), mesh):
             raise
-        raise SaidElsewhere(str(refusal)) from None
+        elsewhere = SaidElsewhere if isinstance(error, Refused) else FailedElsewhere
+        raise elsewhere(str(error)) from None
 
 
 def _is_mine(text: str, mesh: DeviceMesh | None) -> bool:

@@ -28,7 +28,7 @@ class Listener(Protocol):
         """One call is about to be issued."""
 
     def issued(self, pending: Any) -> None:
-        """It is under way: the `Pending` of the call that this thread told of last."""
+        """It is under way: the `Pending` of the call that this thread told of last, or what has a `waiting` as it has."""
 
 
 @dataclass
@@ -108,6 +108,24 @@ def issued(pending: Any) -> None:
     """Tell every listener that the call recorded last by this thread is under way."""
     for listener in _LISTENING:
         listener.issued(pending)
+
+
+@contextmanager
+def waiting_inside() -> Iterator[None]:
+    """Tell every listener that this thread is inside of the call that it told of last, as long as the block lasts.
+
+    For calls that return only when they are done, and so have no `Pending`.
+    """
+    call = Inside()
+    issued(call)
+    yield
+    call.waiting = False  # not where it fails: it is still the one that was waited in
+
+
+class Inside:
+    """A call that somebody is inside of, until `waiting` is false. It holds nothing of the call."""
+
+    waiting = True
 
 
 def record(kind: str, purpose: str, payload: torch.Tensor, link: str | None = None) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lss.comm.collectives import _all_gather, _reduce_scatter
-from lss.comm.counter import record
+from lss.comm.counter import record, waiting_inside
 
 
 class _Comm:
@@ -27,7 +27,8 @@ class GatherParameters(_Comm):
     ) -> dist.Work | None:
         """Issue it; `output_tensor` is the payload."""
         record("all_gather", "parameters", output_tensor)
-        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        with waiting_inside():
+            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class ScatterGradients(_Comm):
@@ -43,4 +44,5 @@ class ScatterGradients(_Comm):
     ) -> dist.Work | None:
         """Issue it; `input_tensor` is the payload."""
         record("reduce_scatter", "gradients", input_tensor)
-        return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        with waiting_inside():
+            return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)

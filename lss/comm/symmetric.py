@@ -25,12 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from lss.comm.collectives import KV, Pending
-from lss.comm.counter import record
+from lss.comm.counter import record, waiting_inside
 from lss.comm.peers import PeerMemory
 from lss.segment import Push
 
@@ -141,11 +142,12 @@ class SymmetricTransport:
             self._peers.reach("read", aside=False)
             return route.mine[0], route.mine[1]
 
-        way = _Way(self._peers, name, route, kv)
         marks = []
-        for leg, come in enumerate(route.stages):
-            way.go(leg)
-            marks.append((come, way.arrived(leg)))
+        with waiting_inside():
+            way = _Way(self._peers, name, route, kv)
+            for leg, come in enumerate(route.stages):
+                way.go(leg)
+                marks.append((come, way.arrived(leg)))
         arriving = _Arriving(self._peers, marks, result, kv)
         return arriving
 
@@ -184,7 +186,7 @@ class SymmetricTransport:
         """What this room holds has been computed: where that is worth it, it travels already. `scatter` sends the rest."""
         if self._peers.in_stages(rooms[room].numel() * rooms[room].element_size()):
             if self._leaving is None:
-                self._leaving = self._depart(rooms)
+                self._leaving = self._way_home(rooms)()
             self._leaving.go(room, beside=True)
 
     def scatter(self, rooms: list[torch.Tensor]) -> Pending[KV]:
@@ -193,15 +195,18 @@ class SymmetricTransport:
         Counted as one reduce-scatter whose payload is what this rank has for all ranks, itself included.
         """
         leaving, self._leaving = self._leaving, None
-        if leaving is None:
-            leaving = self._depart(rooms)
-        else:
-            self._peers.follow()
-        for room in range(len(rooms)):
-            leaving.go(room)
+        depart = self._way_home(rooms) if leaving is None else None
+        with waiting_inside():
+            if depart is not None:
+                leaving = depart()
+            else:
+                self._peers.follow()
+            assert leaving is not None
+            for room in range(len(rooms)):
+                leaving.go(room)
+            marks = [(self._push.local_len, leaving.arrived(0))]
         _, B, _, K, H = rooms[0].shape
         T, sums, name, mine = self._push.local_len, self._push.sums, leaving.name, leaving.route.mine
-        record("reduce_scatter", "dkv", leaving.route.counted)
 
         def result() -> KV:
             self._peers.reach("read", aside=False)
@@ -211,16 +216,18 @@ class SymmetricTransport:
             self._peers.mark_read(name)
             return total[0], total[1]
 
-        return _Arriving(self._peers, [(T, leaving.arrived(0))], result, rooms)
+        return _Arriving(self._peers, marks, result, rooms)
 
-    def _depart(self, rooms: list[torch.Tensor]) -> _Way:
-        """The way home of these rooms' gradients, open to be written."""
+    def _way_home(self, rooms: list[torch.Tensor]) -> Callable[[], _Way]:
+        """Tells of the call, and makes the way home of these rooms' gradients, open to be written, when called."""
         name = f"dkv{self._sent % self._depth}"
         self._sent += 1
         _, B, _, K, H = rooms[0].shape
         route = self._route(name, self._dkv_route, (B, K, H), self._dkv_dtype)
+        record("reduce_scatter", "dkv", route.counted)
+        planes = [plane for room in rooms for plane in room]
         # where the senders of a token are not neighbours, absent ones are summed as zeros
-        return _Way(self._peers, name, route, [plane for room in rooms for plane in room], clear=self._push.sums is None)
+        return partial(_Way, self._peers, name, route, planes, clear=self._push.sums is None)
 
     # -- how both travel ---------------------------------------------------------------------------------------------
 

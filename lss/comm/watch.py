@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm.control import control
-from lss.comm.counter import listening
+from lss.comm.counter import Inside, listening
 from lss.comm.verdict import SILENCE, Beat, Peer, Verdict, host_identity, judge, process_state
 from lss.config.errors import Failed, Refused, Stopped
 from lss.environment import rank_environment
@@ -282,7 +282,7 @@ class _Calls:
         """A listener's."""
         entry = self._latest.get(threading.get_ident())
         if entry is not None and entry[2] is None:
-            entry[2] = weakref.ref(pending)
+            entry[2] = (lambda: pending) if isinstance(pending, Inside) else weakref.ref(pending)
 
     def waits(self) -> str:
         """The call that a thread of this process is inside of, and has been longest."""

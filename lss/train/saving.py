@@ -131,7 +131,8 @@ class Saving:
     def save(self, step: int) -> None:
         """Save `step`, once: a step that is saved, or being saved, is not saved again.
 
-        In the background it returns when the values are copied; how that save ended shows at the next one and in `finish`.
+        In the background it returns at once, and `before_update` waits until the values are copied; how that save ended
+        shows at the next one and in `finish`.
 
         Raises:
             Failed: a save has failed and checkpoint.on_error is "stop"; on every rank.
@@ -143,6 +144,10 @@ class Saving:
         self._saver.start(step, self._model, self._optimizer, self._state(step))
         if not self._settings.background:
             self._settle()
+
+    def before_update(self) -> None:
+        """Wait until a save in the background has its values: weights and optimizer are about to change."""
+        self._saver.copied()
 
     def finish(self) -> None:
         """Wait for the save under way.

@@ -257,6 +257,7 @@ class Trainer:
         # loss and norm are the same numbers on every rank, so all ranks step or skip together
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
+            self.saving.before_update()
             self.optimizer.step()
         self.stopping.count(finite, step)
         seconds = time.perf_counter() - started

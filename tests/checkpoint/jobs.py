@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
 import torch
 
 import lss.checkpoint.files as files
+import lss.checkpoint.save as save
 from lss.checkpoint.layout import local_of
 from lss.config.errors import Failed
 from lss.parallel import full_state_dict
@@ -74,6 +76,29 @@ def late_save(ranks: int, out: str, overrides: list[str]):
     finally:
         undo()
     return unfinished, then, everything(trainer)
+
+
+def late_copy(ranks: int, out: str):
+    """A save whose copies are late is waited for by the next update: what was held at the save and after the update."""
+    trainer = trainer_of(ranks, out, ["checkpoint.background=true"])
+    trainer.train_step(1)
+    then, copy, updated = everything(trainer), save._copy, threading.Event()
+    handle = trainer.optimizer.register_step_post_hook(lambda *_: updated.set())
+
+    def late(copies):
+        updated.wait(1.0)  # an update that does not wait comes first
+        copy(copies)
+
+    save._copy = late
+    try:
+        trainer.save(1)
+        returned_first = not trainer.saving._saver._copied.is_set()
+        trainer.train_step(2)
+        trainer.finish_saves()
+    finally:
+        save._copy = copy
+        handle.remove()
+    return returned_first, then, everything(trainer)
 
 
 def no_copies(ranks: int, out: str):

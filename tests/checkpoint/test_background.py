@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lss.checkpoint import read_weights, verify
-from tests.checkpoint.jobs import late_save, no_copies
+from tests.checkpoint.jobs import late_copy, late_save, no_copies
 from tests.distributed.pool import pool
 
 
@@ -21,6 +21,17 @@ def test_a_late_save_holds_the_values_of_its_step(tmp_path):
     states = checkpoint.tensors("optimizer")
     assert len(states) == 2 * len(checkpoint.tensors("weights"))
     assert checkpoint.read_state()["loader"] == {"seed": 0, "epoch": 0, "sample": 8}
+
+
+def test_the_update_waits_for_copies_that_are_late(tmp_path):
+    """Copies are made beside forward and backward; weights and optimizer states are those of the save all the same."""
+    results = pool(2).run(late_copy, 2, str(tmp_path / "run"))
+    assert all(late for late, _, _ in results), "the copies were not late: the test proves nothing"
+    checkpoint = verify(tmp_path / "run" / "checkpoints" / "step_1")
+    _, then, later = results[0]
+    for name, weight in read_weights(checkpoint).items():
+        assert torch.equal(weight, then[f"weights {name}"]), name
+        assert not torch.equal(weight, later[f"weights {name}"]), name
 
 
 def test_a_synchronous_save_copies_nothing(tmp_path):

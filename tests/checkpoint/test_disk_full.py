@@ -86,6 +86,7 @@ def test_a_disk_that_is_really_full(small_disk, on_error):
     second = Run(out, 2, ["train.steps=9", *options])
     assert second.wait() == [1, 1], second.said()
     said = second.said()
+    assert said.count("lss: ") == 1, said
     assert "No space left on device" in said
     assert "it needs" in said
     assert "were free" in said

@@ -45,9 +45,16 @@ OTHERS = {
 
 
 def cases():
-    """Every step on every mesh under lss, and two of them under each other strategy, which meet all over the meshes."""
+    """Every step on every mesh under lss, and two of them under each other strategy, which meet all over the meshes.
+
+    Parameters are sharded over all ranks, whichever axis they are of, so each of the others meets one mesh of each kind:
+    cp alone, dp alone, both. The meshes of a kind take turns, and so each meets a third of the others or more.
+    """
     for number, ((cp, dp), (name, options)) in enumerate(product(MESHES, (STEPS | OTHERS).items())):
         mesh_number = number // len(STEPS | OTHERS)
+        alike = [mesh for mesh in MESHES if (mesh[0] > 1, mesh[1] > 1) == (cp > 1, dp > 1)]
+        if name in OTHERS and list(OTHERS).index(name) % len(alike) != alike.index((cp, dp)):
+            continue
         for place, strategy in enumerate(("lss", "lss_2d", "ring", "ulysses")):
             chosen = name in [list(STEPS)[(2 * mesh_number + place + k) % len(STEPS)] for k in (0, 1)]
             if strategy != "lss" and not chosen:

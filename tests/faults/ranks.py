@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-# One import of torch for all ranks of all runs: without it each rank of each case takes seconds to start.
+# One import of torch, and of what a run imports on its way, for all ranks of all runs: without it each rank of each case
+# takes seconds of a core to start, and to end with a report.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "lss.cli.train", "lss.train.trainer", "lss.report", "tests.faults.ranks"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch._inductor.config", "torch.utils.tensorboard", "lss.cli.train", "lss.cli.early",
+     "lss.train.trainer", "lss.report", "matplotlib.figure", "matplotlib.backends.backend_svg", "tests.faults.plants",
+     "tests.faults.ranks"]
+)  # fmt: skip
 
 # A model whose step takes milliseconds; a case adds its own overrides behind.
 SMALL = [
@@ -23,21 +33,103 @@ SMALL = [
 ]  # fmt: skip
 
 
-def _rank(arguments: Sequence[str], environ: Mapping[str, str], log: str, hook: Callable[[], None] | None) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def _write_to(log: str, *descriptors: int) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in descriptors:
+        os.dup2(file, descriptor)
+    os.close(file)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+
+
+def _rank(
+    arguments: Sequence[str], environ: Mapping[str, str], log: str, hook: Callable[[], None] | None, report: bool
+) -> None:
+    _write_to(log, 1, 2)
+    gc.freeze()  # what was imported stays, and is not looked through again
     os.environ.update(environ)
     import torch
 
     torch.set_num_threads(1)
+    import lss.cli.train as train
+    from lss.cli import main
+
+    if not report:
+        train._report = lambda out: []
+    if hook is not None:
+        hook()
+    sys.exit(main(list(arguments)))
+
+
+def _command(
+    arguments: Sequence[str], environ: Mapping[str, str], cwd: str, out: str, error: str, hook: Callable[[], None] | None
+) -> None:
+    _write_to(out, 1)
+    _write_to(error, 2)
+    gc.freeze()
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(cwd)
     if hook is not None:
         hook()
     from lss.cli import main
 
     sys.exit(main(list(arguments)))
+
+
+class Command:
+    """`lss ARGUMENTS` in a folder, with these variables and no others, as a process of its own.
+
+    Args:
+        hook: called in it before.
+        fork: from the process that has imported all; otherwise it is `python -m lss`, which imports what it needs.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        cwd: Path,
+        environ: Mapping[str, str],
+        *,
+        hook: Callable[[], None] | None = None,
+        fork: bool = True,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._logs = [Path(self._folder.name) / name for name in ("out", "error")]
+        typed = [str(argument) for argument in arguments]
+        self._process: Any = None
+        if fork:
+            given = (typed, dict(environ), str(cwd), *map(str, self._logs), hook)
+            self._process = _CONTEXT.Process(target=_command, args=given)
+            self._process.start()
+        else:
+            with self._logs[0].open("w") as out, self._logs[1].open("w") as error:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "lss", *typed], cwd=cwd, env=environ, stdout=out, stderr=error
+                )
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        return self._process.poll() if isinstance(self._process, subprocess.Popen) else self._process.exitcode
+
+    def said(self) -> list[str]:
+        """What it has printed on standard output and on standard error."""
+        return [log.read_text() if log.exists() else "" for log in self._logs]
+
+    def wait(self, timeout: float = 120.0) -> subprocess.CompletedProcess:
+        """Wait for its end; returns what `subprocess.run` would."""
+        if isinstance(self._process, subprocess.Popen):
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout)
+        else:
+            self._process.join(timeout)
+        code, told = self.poll(), self.said()
+        if code is None:
+            self._process.kill()
+        self._folder.cleanup()
+        assert code is not None, f"not within {timeout} s\n{told}"
+        return subprocess.CompletedProcess([], code, *told)
 
 
 class Run:
@@ -48,6 +140,7 @@ class Run:
         overrides: config keys, after those of `SMALL`.
         hook: a module-level function that every rank calls before it starts, to plant a fault.
         environ: variables for every rank; those of rank r alone in `of_rank[r]`.
+        report: make the page at the end, half a second of a core.
     """
 
     def __init__(
@@ -60,6 +153,7 @@ class Run:
         hook: Callable[[], None] | None = None,
         environ: Mapping[str, str] | None = None,
         of_rank: Mapping[int, Mapping[str, str]] | None = None,
+        report: bool = False,
     ) -> None:
         self.out = Path(out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +166,7 @@ class Run:
             place = {"RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(nproc),
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
             mine = place | dict(environ or {}) | dict((of_rank or {}).get(rank, {}))
-            process = _CONTEXT.Process(target=_rank, args=(line, mine, str(self.logs[rank]), hook))
+            process = _CONTEXT.Process(target=_rank, args=(line, mine, str(self.logs[rank]), hook, report))
             process.start()
             self.processes.append(process)
 

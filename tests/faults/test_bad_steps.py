@@ -45,5 +45,6 @@ def test_too_many_in_a_row_end_the_run(tmp_path):
     assert run.steps() == 3
     said = run.said()
     assert "not finite in 3 steps in a row, up to step 4" in said
+    assert said.count("lss: ") == 1, said  # all ranks know it, and one says it
     assert "train.max_bad_steps" in said
     assert "Traceback" not in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -118,10 +119,12 @@ def test_ranks_that_lss_starts_listen_on_loopback_only(tmp_path):
 def test_no_variable_of_the_environment_is_written_down(tmp_path):
     """Neither by the ranks nor into what they leave: metrics, run.json, report, TensorBoard, checkpoints."""
     secret = "canary-7d1f0c6a"
-    run = Run(tmp_path / "run", 2, ["train.steps=2", "train.eval_every=1"], environ={"MY_TOKEN": secret, secret: "x"})
+    run = Run(
+        tmp_path / "run", 2, ["train.steps=2", "train.eval_every=1"], environ={"MY_TOKEN": secret, secret: "x"}, report=True
+    )
     assert run.wait() == [0, 0], run.said()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"metrics.jsonl", "run.json"} <= {path.name for path in files}
+    assert {"metrics.jsonl", "run.json", "report.html"} <= {path.name for path in files}
     assert sum(path.suffix == ".safetensors" for path in files) >= 1
     for path in files:
         assert secret.encode() not in path.read_bytes(), path
@@ -141,6 +144,31 @@ def refuse_in_the_trainer():
         raise refuse("planted", 1, "all ranks say so")
 
     Trainer.__init__ = refusing
+
+
+def fail_in_the_trainer():
+    """Plant a failure that one rank alone meets with."""
+    from lss.config.errors import Failed
+    from lss.train.trainer import Trainer
+
+    whole = Trainer.train_step
+
+    def failing(self, step):
+        if step == 2 and self.mesh.get_rank() == 1:
+            raise Failed("planted, on one rank.")
+        return whole(self, step)
+
+    Trainer.train_step = failing
+
+
+def test_what_ends_one_rank_alone_is_said_by_it_and_its_rank_named_by_the_others(tmp_path):
+    run = Run(tmp_path / "run", 3, ["train.steps=9"], hook=fail_in_the_trainer)
+    assert run.wait(60) == [1, 1, 1], run.said()
+    assert "lss: planted, on one rank.\n" in run.logs[1].read_text()
+    rest = [line for line in sentences(run) if line != "lss: planted, on one rank."]
+    assert len(rest) == 1, run.said()
+    assert re.match("lss: rank 1 failed in step [12]: planted, on one rank", rest[0])
+    assert "Traceback" not in run.said()
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,10 @@ import pytest
 
 from lss.checkpoint import find_checkpoint, read_weights, verify
 from tests.faults.plants import plant
-from tests.faults.ranks import SMALL, Run
+from tests.faults.ranks import SMALL, Command, Run
 from tests.faults.together import Together
 
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 20.0
 
 
@@ -91,13 +90,15 @@ def _hit_rank(case: Case, folder: Path) -> Outcome:
 
 
 def _hit_launcher(case: Case, folder: Path) -> Outcome:
-    """The real command: its ranks write their steps, and saves are seen while they are written."""
+    """The real command: its ranks write their steps, and saves are seen while they are written.
+
+    Where it is hit while it imports what it needs it does import it; later it makes no difference.
+    """
     out = folder / "run"
     folder.mkdir(parents=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lss", "train", *SMALL, *options(case), "--nproc", "2", "--out", str(out)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    typed = ["train", *SMALL, *options(case), "--nproc", "2", "--out", str(out)]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = Command(typed, folder, environ, fork=case.moment != "startup")
 
     def ready() -> bool:
         if case.moment == "startup":
@@ -108,16 +109,13 @@ def _hit_launcher(case: Case, folder: Path) -> Outcome:
 
     started = time.monotonic()
     while not ready():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.said()
         assert time.monotonic() - started < 120
         time.sleep(0.001)
-    process.send_signal(case.number)
+    os.kill(process.pid, case.number)
     started = time.monotonic()
-    try:
-        said, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    return Outcome([process.returncode], time.monotonic() - started, said, out)
+    ended = process.wait(60)
+    return Outcome([ended.returncode], time.monotonic() - started, ended.stdout + ended.stderr, out)
 
 
 @pytest.fixture(scope="module")

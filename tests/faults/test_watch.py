@@ -24,15 +24,22 @@ class Case:
     place: str
     later: bool = False
     limit: float = 10.0
+    how: str = ""
 
     def __str__(self) -> str:
-        return f"{self.do}-{self.place}{'-inside' if self.later else ''}-{self.rank}of{self.nproc}"
+        where = f"{self.place}{'-inside' if self.later else ''}{f'-{self.how}' if self.how else ''}"
+        return f"{self.do}-{where}-{self.rank}of{self.nproc}"
+
+    @property
+    def overrides(self) -> list[str]:
+        """Calls that come to an end before they return are named as well: sharded parameters', and peers' memory's."""
+        return {"": [], "sharded": ["parallel.fsdp=true"], "peers": ["parallel.transport=symmetric"]}[self.how]
 
 
 # every rank of 2 and of 4, killed and stopped, in compute, inside a collective and before step 1
 CASES = [
-    Case(2, 0, "SIGKILL", "forward"), Case(2, 1, "SIGSTOP", "forward"), Case(4, 0, "SIGSTOP", "forward"),
-    Case(4, 1, "SIGKILL", "forward"), Case(2, 1, "SIGKILL", "forward", later=True),
+    Case(2, 0, "SIGKILL", "forward"), Case(2, 1, "SIGSTOP", "forward"), Case(4, 0, "SIGSTOP", "forward", how="sharded"),
+    Case(4, 1, "SIGKILL", "forward", how="peers"), Case(2, 1, "SIGKILL", "forward", later=True),
     Case(2, 0, "SIGSTOP", "forward", later=True), Case(4, 2, "SIGSTOP", "forward", later=True),
     Case(4, 3, "SIGKILL", "forward", later=True), Case(2, 0, "SIGSTOP", "build"), Case(2, 1, "SIGKILL", "build"),
     Case(4, 2, "SIGKILL", "build"), Case(4, 3, "SIGSTOP", "build"), Case(4, 0, "SIGKILL", "save"),
@@ -51,10 +58,8 @@ def befall(case: Case, folder):
     if case.do == "sleep":
         wanted |= {"seconds": 100}
     timeout = TIMEOUT if case.do == "sleep" else 60
-    run = Run(
-        folder / "run", case.nproc, ["train.steps=1000", f"checkpoint.every={STEP - 1}", f"train.timeout={timeout}"],
-        hook=plant, environ={"PLANT": json.dumps(wanted)},
-    )  # fmt: skip
+    options = ["train.steps=1000", f"checkpoint.every={STEP - 1}", f"train.timeout={timeout}", *case.overrides]
+    run = Run(folder / "run", case.nproc, options, hook=plant, environ={"PLANT": json.dumps(wanted)})
     try:
         others = [process for rank, process in enumerate(run.processes) if rank != case.rank]
         run.wait_for(lambda: _struck(run, case), 120)
@@ -109,7 +114,8 @@ def test_all_are_gone_in_time_and_say_why(together, case):
     else:
         assert re.search(r"the newest save is step_\d+\.$", sentence)
         # what comes next there: a gather in the forward pass, the ranks' agreement, or whether the save went well
-        collective = {"forward": "all_gather of kv", "clip": "all_reduce of gradient norm", "save": ""}[case.place]
+        first = "all_gather of parameters" if case.how == "sharded" else "all_gather of kv"
+        collective = {"forward": first, "clip": "all_reduce of gradient norm", "save": ""}[case.place]
         assert collective in sentence
         waiting = [rank for rank in range(case.nproc) if rank != case.rank]
         named = re.search(r"that ranks? ([\d, ]+) waits? in", sentence)

@@ -371,6 +371,13 @@ MUTANTS = (
         ("tests/checkpoint/test_background.py",),
     ),
     Mutant(
+        "stale async save: the update does not wait for the copies",
+        "lss/train/trainer.py",
+        "self.saving.before_update()",
+        "pass",
+        ("tests/checkpoint/test_background.py",),
+    ),
+    Mutant(
         "loader state of rank 0 only",
         "lss/train/saving.py",
         'self._loader.resume(newest.step, state["loader"])',
@@ -387,7 +394,7 @@ MUTANTS = (
     Mutant(
         "a damaged save is loaded",
         "lss/checkpoint/manifest.py",
-        'if hash_file(path) != self.files[name]["sha256"]:',
+        'if hash_file(path, facts.get("piece", 0)) != facts["sha256"]:',
         "if False:",
         ("tests/checkpoint/test_find.py", "tests/checkpoint/test_verify.py"),
     ),

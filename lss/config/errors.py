@@ -23,6 +23,10 @@ class Failed(RuntimeError):
     """A run that cannot go on through no fault of its input; its text is one sentence, the exit status 1."""
 
 
+class FailedElsewhere(Failed):
+    """A failure that another rank of the run tells the user; this one only ends, with the same status."""
+
+
 class Stopped(Exception):
     """A run that was told to stop and did, in order; its text is what to say, empty where another rank says it.
 

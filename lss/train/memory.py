@@ -1,14 +1,52 @@
-"""The least memory that a run takes, by arithmetic, against what the machine has: refused before anything is built."""
+"""The least memory that a run takes, by arithmetic, against what the machine has: refused before anything is built.
+
+And what the loop asks of whoever measures what it takes in truth."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
 import torch
+from torch import nn
 
 from lss.config import Config
 from lss.config.errors import refuse
 from lss.hosts import all_memory
 from lss.model.size import parameter_count
 from lss.train.steps import parameter_dtype
+
+
+class StepMeter(Protocol):
+    """Measures where a run's memory goes, on its first steps; `lss.planner.Meter` is one. All ranks call alike."""
+
+    def step(self, number: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Around each step."""
+        ...
+
+    def facts(self, last: bool) -> dict[str, Any] | None:
+        """After each step, the last or not: what was found, once; else None."""
+        ...
+
+    def table(self, facts: dict[str, Any]) -> list[str]:
+        """Lines that show it."""
+        ...
+
+
+class NoMeter:
+    """Measures nothing."""
+
+    def step(self, number: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
+
+    def facts(self, last: bool) -> dict[str, Any] | None:
+        """None."""
+        return None
+
+    def table(self, facts: dict[str, Any]) -> list[str]:
+        """No lines."""
+        return []
 
 
 def state_bytes(config: Config) -> int:

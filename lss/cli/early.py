@@ -24,8 +24,10 @@ def refuse_options(config: Config, nproc: int | None) -> None:
 
     from lss.kernels import pick_kernel
     from lss.train.memory import refuse_too_large
+    from lss.train.optim import check_optimizer
     from lss.train.steps import DTYPES
 
+    check_optimizer(config.optim)
     environment = rank_environment()
     here = environment.local_world_size if environment else nproc or 1
     device_type = pick_device_type(here)

@@ -33,6 +33,7 @@ REMEDIES: dict[str, _Remedies] = {
     "gradients": (_SHARD, ("a smaller model", _always)),
     "optimizer": (
         _SHARD,
+        ('optim.name="adamw8bit"', lambda c: c.optim.name == "adamw" and c.train.dtype != "float64"),
         ('optim.name="sgd"', lambda c: c.optim.name != "sgd"),
         ("a smaller model", _always),
     ),

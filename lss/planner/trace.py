@@ -26,7 +26,7 @@ from lss.mesh import close, init_mesh
 from lss.model import Transformer
 from lss.parallel import clip_grad_norm_, layout_of
 from lss.planner.ledger import Ledger, Peak
-from lss.train.optim import build_optimizer
+from lss.train.optim import STATE_PART, build_optimizer
 from lss.train.steps import accumulate_gradients, parameter_dtype
 from lss.train.trainer import lay_out
 
@@ -78,7 +78,10 @@ def run_step(config: Config, model: nn.Module, *, granularity: int = 1, ledger: 
 
     The optimizer's state is there from the start, as it is from the second step of a run on.
     """
-    optimizer, ledger = build_optimizer(model, config.optim), ledger or Ledger(granularity, config.model.vocab_size)
+    ledger = ledger or Ledger(granularity, config.model.vocab_size)
+    # a trace cannot run what is compiled: AdamW's state stands for that of 8 bits, and is counted as the part that it takes
+    low_bit = config.optim.name == "adamw8bit"
+    optimizer = build_optimizer(model, replace(config.optim, name="adamw") if low_bit else config.optim)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -90,16 +93,21 @@ def run_step(config: Config, model: nn.Module, *, granularity: int = 1, ledger: 
         clip_grad_norm_(model, config.optim.clip)
         optimizer.step()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    there = chain(model.parameters(), _state(optimizer), gradients)
-    steady = sum(x.numel() * x.element_size() for x in there)
+    if low_bit:
+        ledger.shrink("optimizer", STATE_PART["adamw8bit"])
+    state = sum(x.numel() * x.element_size() for x in _state(optimizer))
+    steady = sum(x.numel() * x.element_size() for x in chain(model.parameters(), gradients))
+    steady += round(STATE_PART["adamw8bit"] * state) if low_bit else state
     return StepTrace(ledger.peak(), ledger.timeline(), dict(counter.tallies), steady)
 
 
 @contextmanager
-def noted(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def noted(
+    ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer, *, compiled_update: bool = False
+) -> Iterator[None]:
     """A ledger takes notes of the step inside: it is told of what is there before, of gradients, and of the step's parts.
 
-    Nothing that is computed changes by it.
+    Nothing that is computed changes by it. `compiled_update`: the optimizer compiles its update, which is left out.
     """
     ledger.own("weights", chain(model.parameters(), model.buffers()))
     ledger.own("optimizer", _state(optimizer))
@@ -107,9 +115,15 @@ def noted(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     hooks += [model.register_forward_pre_hook(lambda *_: ledger.enter("forward")),
               model.register_forward_hook(lambda *_: ledger.enter("backward")),
               optimizer.register_step_pre_hook(lambda *_: ledger.enter("update"))]  # fmt: skip
+    if compiled_update:
+        hooks += [optimizer.register_step_pre_hook(lambda *_: ledger.pause()),
+                  optimizer.register_step_post_hook(lambda *_: ledger.resume())]  # fmt: skip
     try:
         with listening(ledger), ledger:
-            yield
+            try:
+                yield
+            finally:
+                ledger.resume()  # an update that failed has not
         ledger.closed = True
     finally:
         for handle in hooks:
@@ -121,7 +135,15 @@ def noted(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [x for entry in optimizer.state.values() for x in entry.values() if isinstance(x, torch.Tensor)]
+    """All tensors of its state; of those of 8 bits their parts."""
+    found: list[torch.Tensor] = []
+    for entry in optimizer.state.values():
+        for x in entry.values():
+            if isinstance(x, torch.Tensor):
+                quantized = getattr(x, "_local_tensor", x)
+                parts = ("codes", "scale", "qmap")
+                found += [getattr(quantized, part) for part in parts] if hasattr(quantized, "codes") else [x]
+    return found
 
 
 def synthetic_batch(config: Config, model: nn.Module) -> Batch:

@@ -14,6 +14,7 @@ from lss.config import Config
 from lss.config.errors import refuse
 from lss.hosts import all_memory
 from lss.model.size import parameter_count
+from lss.train.optim import STATE_PART
 from lss.train.steps import parameter_dtype
 
 
@@ -54,11 +55,11 @@ def state_bytes(config: Config) -> int:
 
     A model is made whole on every rank before it is cut.
     """
-    parallel, copies = config.parallel, 4 if config.optim.name == "adamw" else 2
+    parallel, copies = config.parallel, 2 + 2 * STATE_PART[config.optim.name]
     assert isinstance(parallel.cp, int)
     whole = parameter_count(config.model, config.data.seq_len) * parameter_dtype(config.train.dtype).itemsize
     parts = parallel.cp * parallel.dp if parallel.fsdp else parallel.cp if parallel.strategy == "tp" else 1
-    return max(whole, copies * whole // parts)
+    return max(whole, int(copies * whole) // parts)
 
 
 def sequence_bytes(config: Config) -> int:

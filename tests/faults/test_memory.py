@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
+from lss.cli.main import _expand_segments
 from tests.faults.plants import plant
 from tests.faults.ranks import Run
 
@@ -34,3 +36,19 @@ def test_one_sentence_names_the_class_and_the_remedy(tmp_path, name):
     assert len(own) == 1, said
     # the other rank is told by the watch
     assert ("lss: rank 1 failed" in said) == (name != "all")
+
+
+@pytest.mark.parametrize("there, before, after", [
+    (True, {}, "expandable_segments:True"), (False, {}, None),
+    (True, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    (True, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+])  # fmt: skip
+def test_segments_grow_unless_the_user_says_otherwise(monkeypatch, there, before, after):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lss.cli.main.os.path.exists", lambda path: there)
+    _expand_segments()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == after
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)

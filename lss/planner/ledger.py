@@ -89,7 +89,6 @@ class Ledger(TorchDispatchMode):
     limit: int = 0
     phase: str = "before"
     shortage: Shortage | None = None
-    paused: bool = False
     closed: bool = False  # what ends from here on is no part of the step
     _pieces: dict[int, _Piece] = field(default_factory=dict)
     _live: int = 0
@@ -99,6 +98,11 @@ class Ledger(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs compiled: as it stands it would round otherwise, and FlexAttention make whole scores."""
+        return True
 
     # -- what is noted ---------------------------------------------------------------------------------------------------
 
@@ -159,17 +163,6 @@ class Ledger(TorchDispatchMode):
     def _guess(self, tensor: torch.Tensor) -> str:
         wide = self.vocabulary and tensor.dim() == 2 and tensor.shape[1] == self.vocabulary
         return "logits" if wide else "temporary"
-
-    def pause(self) -> None:
-        """Note nothing, until `resume`: code that is compiled would otherwise run as it stands, with other roundings."""
-        self.paused = True
-        self.__exit__(None, None, None)
-
-    def resume(self) -> None:
-        """Go on after a pause, if there is one."""
-        if self.paused:
-            self.paused = False
-            self.__enter__()
 
     def shrink(self, label: str, part: float) -> None:
         """Everything of a class takes this part of what it was noted as."""

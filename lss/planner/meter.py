@@ -50,7 +50,7 @@ class Meter:
             return
         granularity = 512 if self._device.type == "cuda" else 1  # of CUDA's caching allocator
         self._ledger = ledger = Ledger(granularity, self._config.model.vocab_size)
-        with noted(ledger, model, optimizer, compiled_update=self._config.optim.name == "adamw8bit"):
+        with noted(ledger, model, optimizer):
             yield
         self._measured += 1
         self._last = number, ledger.peak(), reserved_memory_bytes(self._device)

@@ -102,12 +102,10 @@ def run_step(config: Config, model: nn.Module, *, granularity: int = 1, ledger: 
 
 
 @contextmanager
-def noted(
-    ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer, *, compiled_update: bool = False
-) -> Iterator[None]:
+def noted(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A ledger takes notes of the step inside: it is told of what is there before, of gradients, and of the step's parts.
 
-    Nothing that is computed changes by it. `compiled_update`: the optimizer compiles its update, which is left out.
+    Nothing that is computed changes by it. What compiled code makes inside is not noted.
     """
     ledger.own("weights", chain(model.parameters(), model.buffers()))
     ledger.own("optimizer", _state(optimizer))
@@ -115,15 +113,9 @@ def noted(
     hooks += [model.register_forward_pre_hook(lambda *_: ledger.enter("forward")),
               model.register_forward_hook(lambda *_: ledger.enter("backward")),
               optimizer.register_step_pre_hook(lambda *_: ledger.enter("update"))]  # fmt: skip
-    if compiled_update:
-        hooks += [optimizer.register_step_pre_hook(lambda *_: ledger.pause()),
-                  optimizer.register_step_post_hook(lambda *_: ledger.resume())]  # fmt: skip
     try:
         with listening(ledger), ledger:
-            try:
-                yield
-            finally:
-                ledger.resume()  # an update that failed has not
+            yield
         ledger.closed = True
     finally:
         for handle in hooks:

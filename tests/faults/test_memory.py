@@ -51,4 +51,4 @@ def test_segments_grow_unless_the_user_says_otherwise(monkeypatch, there, before
     monkeypatch.setattr("lss.cli.main.os.path.exists", lambda path: there)
     _expand_segments()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == after
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    os.environ.pop("PYTORCH_ALLOC_CONF", None)

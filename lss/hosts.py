@@ -109,6 +109,13 @@ def _interface_of_ipv6(own: ipaddress.IPv6Address) -> str | None:
     return next((row[-1] for row in rows if int(row[0], 16) == int(own)), None)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had: a GPU's, the host's, or a library's wording of either."""
+    text = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and any(w in text for w in words))
+
+
 # Where a control group of either version tells its limit, and what is in use of it.
 _LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 

@@ -59,8 +59,10 @@ def _reasons(rows: Iterable[Row]) -> list[str]:
     told: dict[str, list[str]] = {}
     for row in rows:
         if row["status"].startswith("failed: "):
-            told.setdefault(f"{label(row)}: {row['status'].removeprefix('failed: ')}", []).append(f"{row['tokens']:,}")
-    return ["", *(f"- {why} (at {', '.join(at)})" for why, at in told.items())] if told else []
+            at = told.setdefault(f"{label(row)}: {row['status'].removeprefix('failed: ')}", [])
+            at += [f"{row['tokens']:,}"] if row["tokens"] is not None else []
+    lines = [f"- {why}" + (f" (at {', '.join(at)})" if at else "") for why, at in told.items()]
+    return ["", *lines] if lines else []
 
 
 def _bad(row: Row) -> str | None:
@@ -137,6 +139,24 @@ def train_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines + _reasons(rows))
 
 
+def length_table(rows: Sequence[Row]) -> str:
+    """The longest sequences whose whole step fits, and what a token takes of the device in each layer."""
+    lines = ["| | model | ranks | memory GiB | longest, tokens | peak GiB | KiB a token and layer | s a step | by |",
+             "|---|---|" + "---:|" * 6 + "---|"]  # fmt: skip
+    for row in sorted(rows, key=lambda row: (str(row["model"]), row["layers"], row["world_size"], _rank(row))):
+        what = f"| {label(row)} | {row['model']}, {row['layers']} layers | {row['world_size']} |"
+        bad = _bad(row)
+        if bad is not None:
+            lines.append(f"{what} | {bad} | | | | |")
+            continue
+        limit, peak, each, ms = (row.get(key) for key in ("limit_bytes", "peak_bytes", "token_layer_bytes", "ms"))
+        numbers = ((limit, 2**30), (peak, 2**30), (each, 2**10), (ms, 1e3))
+        cells = ["" if x is None else _number(x / unit) for x, unit in numbers]
+        by = "a whole step" if row.get("confirmed") else "an estimate"
+        lines.append(f"{what} {cells[0]} | {row['tokens']:,} | {cells[1]} | {cells[2]} | {cells[3]} | {by} |")
+    return "\n".join(lines + _reasons(rows))
+
+
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "time": ("attention", time_table),
     "memory": ("attention", memory_table),
@@ -144,6 +164,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "error": ("attention", error_table),
     "goals": ("attention", goal_table),
     "train": ("train", train_table),
+    "length": ("length", length_table),
 }
 
 
@@ -152,8 +173,8 @@ def tables_of(rows: Sequence[Row]) -> str:
     parts = []
     for bench, gpu, dtype in dict.fromkeys((row["bench"], row["gpu"], row["dtype"]) for row in rows):
         alike = [row for row in rows if (row["bench"], row["gpu"], row["dtype"]) == (bench, gpu, dtype)]
-        if bench == "train":
-            parts.append(f"### train: {dtype} on {gpu}\n\n{train_table(alike)}\n")
+        if bench in ("train", "length"):
+            parts.append(f"### {bench}: {dtype} on {gpu}\n\n{TABLES[bench][1](alike)}\n")
             continue
         for heads in dict.fromkeys(row["heads"] for row in alike):
             same = [row for row in alike if row["heads"] == heads]

@@ -21,6 +21,7 @@ import torch
 from lss.bench.rival import reason_of
 from lss.comm import Communicator
 from lss.config.errors import Failed
+from lss.hosts import out_of_memory
 
 _REASON_BYTES = 256
 R = TypeVar("R")
@@ -113,7 +114,7 @@ class Clock:
 
 def status_of(error: BaseException) -> str:
     """A row's status for what a step raised: "oom" or "failed: why"."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+    if out_of_memory(error):
         return "oom"
     return f"failed: {reason_of(error)}"
 

@@ -130,17 +130,17 @@ def _variants(plan: TrainPlan, mesh_of: Callable[[int, int], DeviceMesh], clock:
         if S not in seen:
             seen.add(S)
             if plan.plain:
-                row = _row(config, {}, facts) | {"strategy": PLAIN, "order": None, "world_size": 1}
+                row = config_row(config, {}, facts) | {"strategy": PLAIN, "order": None, "world_size": 1}
                 found.append(Variant(PLAIN, row, 1, config, partial(_plain_step, config, clock.device)))
-            for label, variant, step, missing in _rival_entries(plan.rivals, config, clock):
-                row = _row(config, {}, facts) | {"strategy": variant, "kernel": None, "order": None, "rival": label}
+            for label, variant, step, missing in rival_entries(plan.rivals, config, clock):
+                row = config_row(config, {}, facts) | {"strategy": variant, "kernel": None, "order": None, "rival": label}
                 build = None if step is None else partial(_given, step)
                 name = f"{label} {variant or ''}"
                 found.append(Variant(name, row, clock.comm.size, config, build, checked=False, missing=missing))
         options = dict(word.split("=", 1) for word in text.split())
         named = f"{config.parallel.strategy} {config.parallel.kernel} {text}"
-        build = partial(_our_step, config, mesh_of, clock.device)
-        found.append(Variant(named, _row(config, options, facts), clock.comm.size, config, build))
+        build = partial(our_step, config, mesh_of, clock.device)
+        found.append(Variant(named, config_row(config, options, facts), clock.comm.size, config, build))
     return found
 
 
@@ -148,7 +148,7 @@ def _given(step: Step) -> Step:
     return step
 
 
-def _rival_entries(
+def rival_entries(
     rivals: Sequence[Rival], config: Config, clock: Clock
 ) -> list[tuple[str, str | None, Step | None, str | None]]:
     """(rival, variant, step, why it is missing) of all entries for this config."""
@@ -167,7 +167,8 @@ def _rival_entries(
     return found
 
 
-def _row(config: Config, options: dict[str, str], facts: Row) -> Row:
+def config_row(config: Config, options: dict[str, str], facts: Row) -> Row:
+    """What a row tells of a config."""
     model, parallel = config.model, config.parallel
     known = {
         "bench": "train", "strategy": parallel.strategy, "kernel": parallel.kernel, "order": parallel.order,
@@ -197,7 +198,8 @@ def random_batches(config: Config, rows: range, places: torch.Tensor, device: to
     return [Batch(ids, targets, at.to(device), slot, slot) for ids, targets, slot in parts]
 
 
-def _our_step(config: Config, mesh_of: Callable[[int, int], DeviceMesh], device: torch.device) -> Step:
+def our_step(config: Config, mesh_of: Callable[[int, int], DeviceMesh], device: torch.device) -> Step:
+    """One step of the config's model at each call, laid out over the mesh of its (cp, dp), on random tokens."""
     assert isinstance(config.parallel.cp, int)
     model = build_model(config, mesh_of(config.parallel.cp, config.parallel.dp))
     layout, optimizer = layout_of(model), build_optimizer(model, config.optim)

@@ -13,6 +13,7 @@ from torch import nn
 from lss.checkpoint.files import DTYPES, NAMES
 from lss.checkpoint.layout import TensorLayout, local_of
 from lss.checkpoint.manifest import Checkpoint
+from lss.checkpoint.quantized import dtype_of, joined
 from lss.config.errors import Refused, refuse
 from lss.segment import Piece, overlap, whole_piece
 
@@ -76,19 +77,22 @@ def load_checkpoint(
             name, _, key = title.rpartition("/")
             states.setdefault(name, {})[key] = entry
     for name, parameter in parameters.items():
-        for entry in (weights[name], *(e for e in states[name].values() if isinstance(e, dict))):
-            _refuse_misfit(checkpoint, name, entry, layout.whole_shape(name), parameter.dtype)
+        entries = {"": weights[name]} | {key: entry for key, entry in states[name].items() if isinstance(entry, dict)}
+        for key, entry in entries.items():
+            _refuse_misfit(checkpoint, name, entry, layout.whole_shape(name), dtype_of(key, parameter.dtype))
     with _Reader(checkpoint) as reader, torch.no_grad():
         for name, parameter in parameters.items():
             _fill(parameter, reader, weights[name], layout.pieces(name))
             loaded: dict[str, torch.Tensor] = {}
             for key, entry in states[name].items():
                 if isinstance(entry, dict):
-                    loaded[key] = torch.zeros_like(parameter, requires_grad=False)
+                    dtype = dtype_of(key, parameter.dtype)
+                    loaded[key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
                     _fill(loaded[key], reader, entry, layout.pieces(name))
                 else:
                     loaded[key] = torch.tensor(float(entry), device=_scalar_device(optimizer, parameter))
             if loaded:
+                joined(optimizer, parameter, loaded)
                 optimizer.state[parameter] = loaded
     return state
 

@@ -25,6 +25,7 @@ from lss.checkpoint.files import NAMES, flush_folder, write_file, write_tensors
 from lss.checkpoint.find import commit, prune, remove_leftovers, writing_folder
 from lss.checkpoint.layout import TensorLayout, local_of, written_pieces
 from lss.checkpoint.manifest import FORMAT, KINDS, MANIFEST, STATE, file_facts, render, tensor_file, tensor_key
+from lss.checkpoint.quantized import parts_of
 from lss.comm import Control
 
 
@@ -138,7 +139,7 @@ class Saver:
             for key, value in optimizer.state.get(parameter, {}).items():
                 value = local_of(value) if torch.is_tensor(value) else value
                 if torch.is_tensor(value) and value.dim() > 0 and value.shape == part.shape:
-                    tensors["optimizer", f"{name}/{key}"] = value
+                    tensors |= {("optimizer", f"{name}/{title}"): x for title, x in parts_of(key, value).items()}
                 else:
                     scalars[f"{name}/{key}"] = float(value)
             for (kind, title), tensor in tensors.items():

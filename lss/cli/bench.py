@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lss.cli.bench_length import bench_length, trial
 from lss.cli.main import split_config
 from lss.cli.ranks import launch, must_launch, planned_ranks, share_cores
 from lss.config import LARGEST, show
@@ -35,9 +36,15 @@ def bench(options: argparse.Namespace, arguments: list[str]) -> int:
         return _plot([Path(file) for file in options.files], Path(options.out), options.format)
     if options.action == "table":
         return _table(options)
+    if options.action == "length" and options.trial and not must_launch(options.nproc):
+        return trial(options)
     ranks = planned_ranks(options.nproc)
     if options.out and Path(options.out).is_dir():
         raise refuse("--out", options.out, "a folder of this name is there; give a file such as results.jsonl")
+    if options.action == "length":
+        if options.trial:
+            return launch(options.nproc, arguments)
+        return bench_length(options, ranks, _command(arguments))
     # everything is read here, so that a mistake is told once and before any rank is started
     plan: Any = _attention_plan(options, ranks) if options.action == "attention" else _train_plan(options, ranks)
     if must_launch(options.nproc):

@@ -44,6 +44,8 @@ def add_bench(verbs: Any, parser_class: type[argparse.ArgumentParser]) -> None:
     train.add_argument("--repeat", type=int, default=5, metavar="N", help="steps that are timed (default 5)")
     _run_arguments(train)
 
+    _add_length(actions)
+
     plot = actions.add_parser("plot", help="pictures of result files")
     plot.add_argument("files", nargs="+", metavar="FILE.jsonl")
     plot.add_argument("--out", default=".", metavar="DIR", help="folder (default the current one)")
@@ -54,6 +56,25 @@ def add_bench(verbs: Any, parser_class: type[argparse.ArgumentParser]) -> None:
     table.add_argument("--page", metavar="FILE.md", help="fill this page's marked tables instead of printing")
     table.add_argument("--results", metavar="DIR", default="benchmarks/results",
                        help="where the page's result files lie (default benchmarks/results)")  # fmt: skip
+
+
+def _add_length(actions: Any) -> None:
+    length = actions.add_parser("length", help="the longest sequence whose whole training step fits")
+    length.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value", help="as for lss train")
+    length.add_argument("--variants", default="", metavar="KEY=VALUE ...;...", help="as for lss bench train")
+    length.add_argument("--memory", type=float, metavar="GIB", help="of each rank (default what is free)")
+    length.add_argument("--layers", default="", metavar="L,L",
+                        help="try the model cut to these, 1,2 for one, and draw their peaks out")  # fmt: skip
+    length.add_argument("--confirm", action="store_true", help="with --layers: then take steps with the whole model")
+    length.add_argument("--granule", type=int, metavar="S", help="lengths are multiples of it (default 1024; 64 on a CPU)")
+    length.add_argument("--start", type=int, metavar="S", help="the first length tried (default 8 granules)")
+    length.add_argument("--upto", type=int, metavar="S", help="try none longer (default 2^24)")
+    length.add_argument("--steps", type=int, default=2, metavar="N",
+                        help="steps of a trial; the first has no state of the optimizer yet (default 2)")  # fmt: skip
+    length.add_argument("--trial-seconds", type=float, default=3600.0, metavar="T",
+                        help="a trial that takes longer has failed (default 3600)")  # fmt: skip
+    _run_arguments(length)
+    length.add_argument("--trial", default="", help=argparse.SUPPRESS)
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,8 +25,8 @@ def rich_table(rows: Sequence[dict[str, Any]]) -> Table:
         ms = row["ms"]
         share = [f"{row[key] / ms:.3f}" if row[key] and ms else "" for key in ("ideal_ms", "no_comm_ms")]
         table.add_row(
-            what, row["heads"], f"{row['tokens']:,}", _shown(ms, "{:,.3f}"), _shown(row["spread"], "{:.1%}"), *share,
-            _shown(row["tflops"], "{:,.1f}"), _shown(row["mfu"], "{:.1%}"), *(_mib(row[key]) for key in
+            what, row["heads"], _shown(row["tokens"], "{:,}"), _shown(ms, "{:,.3f}"), _shown(row["spread"], "{:.1%}"),
+            *share, _shown(row["tflops"], "{:,.1f}"), _shown(row["mfu"], "{:.1%}"), *(_mib(row[key]) for key in
             ("peak_bytes", "payload_bytes")), _shown(row["calls"], "{:,}"), _shown(row["error"], "{:.1e}"),
         )  # fmt: skip
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +24,10 @@ def refuse_options(config: Config, nproc: int | None) -> None:
 
     from lss.kernels import pick_kernel
     from lss.train.memory import refuse_too_large
+    from lss.train.optim import check_optimizer
     from lss.train.steps import DTYPES
 
+    check_optimizer(config.optim)
     environment = rank_environment()
     here = environment.local_world_size if environment else nproc or 1
     device_type = pick_device_type(here)
@@ -95,3 +98,27 @@ def refuse_data(config: Config, scan: bool = True) -> None:
 def _shown(text: object) -> str:
     text = repr(str(text))
     return text if len(text) < 300 else f"{text[:57]}...'"
+
+
+def warn_of_memory(config: Config) -> None:
+    """Say on the first rank, in one sentence, that a step will hardly fit into the memory that is free now.
+
+    Raises nothing: what cannot be estimated is tried.
+    """
+    environment = rank_environment()
+    if environment is not None and environment.rank:
+        return
+    import torch
+
+    from lss.hosts import free_memory
+    from lss.planner import warning
+
+    here = environment.local_world_size if environment else 1
+    device = torch.device(pick_device_type(here))
+    there = torch.cuda.mem_get_info()[0] if device.type == "cuda" else free_memory() // here
+    try:
+        text = warning(config, there, device)
+    except Exception as error:
+        text = f"whether a step fits could not be estimated ({type(error).__name__}: {error})"
+    if text is not None:
+        print(f"lss: {text}", file=sys.stderr, flush=True)

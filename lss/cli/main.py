@@ -27,6 +27,12 @@ RANGES = {
     "--repeat": (1, 1 << 20),
     "--seconds": (0, 86400),
     "--check-upto": (0, LARGEST),
+    "--memory": (1e-6, 1 << 20),
+    "--granule": (1, LARGEST),
+    "--start": (1, LARGEST),
+    "--upto": (1, LARGEST),
+    "--steps": (1, 1 << 20),
+    "--trial-seconds": (1, 1 << 24),
 }
 VERBS = ("train", "check", "bench", "data", "export", "verify", "report")
 
@@ -151,7 +157,21 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _expand_segments() -> None:
+    """Let CUDA's allocator grow its blocks, unless the user has set its options, where there is a driver for GPUs.
+
+    Sequences of other lengths, tiles' last ones and gathers of other sizes otherwise leave gaps that nothing fits into. Read
+    when the allocator is first used, so it is set before torch is loaded; started ranks inherit it. Symmetric memory is not
+    concerned: torch allocates it apart, by `lss.comm.symmetric`'s own calls, and this allocator never sees it.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+    if os.path.exists("/proc/driver/nvidia/version") and not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
+
+
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+    if options.verb in ("train", "bench"):
+        _expand_segments()
     # each verb's room is imported only when it is asked for: torch alone takes seconds
     if options.verb == "train":
         # read when torch is loaded: where a rank is lost, its warnings of broken connections would bury what the watch says

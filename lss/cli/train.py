@@ -8,7 +8,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from lss.cli.early import refuse_data, refuse_folder, refuse_options
+from lss.cli.early import refuse_data, refuse_folder, refuse_options, warn_of_memory
 from lss.cli.main import split_config
 from lss.cli.ranks import (
     must_launch,
@@ -20,7 +20,7 @@ from lss.cli.ranks import (
     without_launcher,
 )
 from lss.config import Config
-from lss.config.errors import Refused
+from lss.config.errors import Failed, FailedElsewhere, Refused
 from lss.train.signals import Signals
 
 
@@ -53,8 +53,10 @@ def _refuse_early(config: Config, out: Path, options: argparse.Namespace) -> Non
 def _train(config: Config, out: Path, rendezvous: timedelta, signals: Signals) -> int:
     import torch
 
-    from lss.comm import Watch
-    from lss.mesh import close, init_mesh
+    from lss.comm import Watch, control
+    from lss.hosts import out_of_memory
+    from lss.mesh import close, first_to_refuse, init_mesh
+    from lss.planner import Meter
     from lss.train.stopping import newest_words
     from lss.train.trainer import Trainer
 
@@ -64,18 +66,25 @@ def _train(config: Config, out: Path, rendezvous: timedelta, signals: Signals) -
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     assert isinstance(config.parallel.cp, int)
+    warn_of_memory(config)  # before the ranks meet: a trace makes a process group of its own
     # a little longer than the watch's, which can say who is stuck
     timeout = timedelta(seconds=config.train.timeout + 5)
     mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp, timeout=timeout, rendezvous=rendezvous)
     try:
+        agreed = control(mesh, "memory")
+        meter, start = Meter(config, torch.device(mesh.device_type), agreed), agreed.gather(os.urandom(6).hex())[0]
         newest = partial(newest_words, out / "checkpoints")
         with Watch(mesh, config.train.timeout, newest) as watch, told_once(mesh):
             signals.before_leaving = lambda name, code: watch.leave("stopped", name, code)
             try:
-                Trainer(config, mesh, out, on_end=_report, signals=signals, watch=watch).train()
+                Trainer(config, mesh, out, on_end=_report, signals=signals, watch=watch, meter=meter).train()
             except Exception as error:
                 watch.explain(error)
-                raise
+                if not out_of_memory(error):
+                    raise
+                # where all ranks are alike all run short: one sentence is told
+                kind = Failed if first_to_refuse(mesh, f"out of memory {start}") else FailedElsewhere
+                raise kind(meter.sentence(error)) from None
     finally:
         close()
     return 0

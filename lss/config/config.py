@@ -92,6 +92,9 @@ class Config:
         if parallel.fsdp and parallel.strategy == "tp":
             fit = 'parallel.strategy="tp" cuts the weights over the ranks already; use false, or strategy "lss"'
             raise refuse("parallel.fsdp", "true", fit)
+        if self.optim.name == "adamw8bit" and train.dtype == "float64":
+            fit = 'it computes in float32, and train.dtype="float64" asks for more; use "adamw"'
+            raise refuse("optim.name", '"adamw8bit"', fit)
         refuse_pairs(self._features())
         share = parallel.dp * train.accumulate
         if train.batch_size % share:

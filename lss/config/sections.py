@@ -209,7 +209,8 @@ class DataConfig:
 class OptimConfig:
     """[optim]: the update."""
 
-    name: str = _key("adamw", str, "optimizer; sgd has no momentum", choices=("adamw", "sgd"))
+    name: str = _key("adamw", str, "optimizer; adamw8bit: torchao's, whose state takes a quarter; sgd has no momentum",
+                     choices=("adamw", "adamw8bit", "sgd"))  # fmt: skip
     lr: float = _key(3e-3, float, "peak learning rate", low=0)
     warmup: int = _key(20, int, "steps of linear warm-up", low=0)
     weight_decay: float = _key(0.1, float, "decay of matrices", low=0)

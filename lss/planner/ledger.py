@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lss.hosts import out_of_memory
+
 # in the order in which they are shown
 CLASSES = {
     "weights": "parameters and buffers of the model",
@@ -45,6 +47,22 @@ class Peak:
     host: int
 
 
+@dataclass(frozen=True)
+class Shortage:
+    """The moment at which an operation found no memory.
+
+    Attributes:
+        label: the class of what it was to make, as far as its operands tell; "" where they do not.
+        phase, operation: as of a `Peak`.
+        classes: bytes that were live, by class, the largest first.
+    """
+
+    label: str
+    phase: str
+    operation: str
+    classes: dict[str, int]
+
+
 @dataclass
 class _Piece:
     bytes: int
@@ -62,18 +80,29 @@ class Ledger(TorchDispatchMode):
     Args:
         granularity: bytes that each allocation is rounded up to: 512 as CUDA's caching allocator has it.
         vocabulary: V, by which logits are known; 0 where there are none.
+        limit: bytes that may be live at once, the host's included, as if there were no more: what goes beyond raises
+            MemoryError; 0 for any number.
     """
 
     granularity: int = 1
     vocabulary: int = 0
+    limit: int = 0
     phase: str = "before"
+    shortage: Shortage | None = None
+    closed: bool = False  # what ends from here on is no part of the step
     _pieces: dict[int, _Piece] = field(default_factory=dict)
+    _live: int = 0
     _alive: dict[int, int] = field(default_factory=dict)  # storage -> piece
     # (piece, or its complement when freed; phase; by what)
     _events: list[tuple[int, str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs compiled: as it stands it would round otherwise, and FlexAttention make whole scores."""
+        return True
 
     # -- what is noted ---------------------------------------------------------------------------------------------------
 
@@ -100,7 +129,12 @@ class Ledger(TorchDispatchMode):
         """A ledger does not ask how calls end."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        try:
+            out = func(*args, **(kwargs or {}))
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):  # noted here: on the way up what is live is freed
+                self.shortage = self._shortage(str(func), args)
+            raise
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
                 self._note(x, str(func), None)
@@ -120,6 +154,9 @@ class Ledger(TorchDispatchMode):
             self._alive[key] = number
             self._events.append((number, self.phase, operation))
             weakref.finalize(storage, self._gone, key, number)
+            self._live += size
+            if self._live > self.limit > 0:
+                raise MemoryError(f"out of memory: {self._live:,} bytes are live and {self.limit:,} may be")
         elif label is not None:
             self._pieces[number].label = label
 
@@ -127,9 +164,27 @@ class Ledger(TorchDispatchMode):
         wide = self.vocabulary and tensor.dim() == 2 and tensor.shape[1] == self.vocabulary
         return "logits" if wide else "temporary"
 
+    def shrink(self, label: str, part: float) -> None:
+        """Everything of a class takes this part of what it was noted as."""
+        for piece in self._pieces.values():
+            if piece.label == label:
+                piece.bytes = round(part * piece.bytes)
+
+    def _shortage(self, operation: str, args: Any) -> Shortage:
+        shapes = [x.shape for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.dim() == 2]
+        logits = self.vocabulary and "mm" in operation and any(self.vocabulary in shape for shape in shapes)
+        live: Counter[str] = Counter()
+        for number in self._alive.values():
+            piece = self._pieces[number]
+            kept = self.phase == piece.phase == "forward" and piece.label == "temporary"
+            live["activations" if kept else piece.label] += piece.bytes
+        label = "logits" if logits else "optimizer" if self.phase == "update" else ""
+        return Shortage(label, self.phase, operation, {name: n for name, n in live.most_common() if n and name != "host"})
+
     def _gone(self, key: int, number: int) -> None:
-        if self._alive.get(key) == number:
+        if self._alive.get(key) == number and not self.closed:
             del self._alive[key]
+            self._live -= self._pieces[number].bytes
             self._events.append((~number, self.phase, ""))
 
     # -- what comes of it ------------------------------------------------------------------------------------------------
@@ -161,3 +216,26 @@ class Ledger(TorchDispatchMode):
         classes, phase, operation = moment
         ordered = {name: n for name, n in classes.most_common() if n and name != "host"}
         return Peak(best, phase, operation, ordered, host)
+
+
+def stretch(short: Ledger, long: Ledger, factor: float, logits: int) -> Ledger:
+    """The ledger of a step of another length, from those of two that make the same allocations in the same order.
+
+    Every allocation is taken to grow linearly with the length.
+
+    Args:
+        factor: how far to go: 0 is the short one's length, 1 the long one's.
+        logits: bytes that no single allocation of logits exceeds, however long.
+
+    Raises:
+        ValueError: the two do not make the same allocations.
+    """
+    events = [[(number, phase) for number, phase, _ in ledger._events] for ledger in (short, long)]
+    if events[0] != events[1]:
+        raise ValueError("the two steps do not make the same allocations")
+    found = Ledger(short.granularity, short.vocabulary)
+    for number, piece in short._pieces.items():
+        size = round(piece.bytes + factor * (long._pieces[number].bytes - piece.bytes))
+        found._pieces[number] = _Piece(min(size, logits) if piece.label == "logits" else size, piece.label, piece.phase)
+    found._events = list(short._events)
+    return found

@@ -26,7 +26,7 @@ from lss.mesh import close, init_mesh
 from lss.model import Transformer
 from lss.parallel import clip_grad_norm_, layout_of
 from lss.planner.ledger import Ledger, Peak
-from lss.train.optim import build_optimizer
+from lss.train.optim import STATE_PART, build_optimizer
 from lss.train.steps import accumulate_gradients, parameter_dtype
 from lss.train.trainer import lay_out
 
@@ -48,7 +48,9 @@ class StepTrace:
     steady: int
 
 
-def trace_step(config: Config, *, rank: int = 0, ranks_per_node: int | None = None, granularity: int = 1) -> StepTrace:
+def trace_step(
+    config: Config, *, rank: int = 0, ranks_per_node: int | None = None, granularity: int = 1, ledger: Ledger | None = None
+) -> StepTrace:
     """Trace one step of `rank` in a run of this config, resolved for its number of ranks.
 
     No process group may be there; a fake one is made and ended. Tensors are those of a CPU. What `torch.compile` would fuse
@@ -57,6 +59,7 @@ def trace_step(config: Config, *, rank: int = 0, ranks_per_node: int | None = No
     Args:
         ranks_per_node: neighbours that share a host; all by default.
         granularity: bytes that an allocation is rounded up to.
+        ledger: takes the notes, where they are wanted beyond what is returned.
 
     Raises:
         Refused: packed documents, whose lengths are not known before they are read; or what the layout refuses.
@@ -67,39 +70,72 @@ def trace_step(config: Config, *, rank: int = 0, ranks_per_node: int | None = No
     with _fake_mesh(config, rank, ranks_per_node) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         with torch.random.fork_rng(devices=[]), _default_dtype(parameter_dtype(config.train.dtype)):
             model = lay_out(config, Transformer(config.model, config.data.seq_len), mesh)
-        return run_step(config, model, granularity=granularity)
+        return run_step(config, model, granularity=granularity, ledger=ledger)
 
 
-def run_step(config: Config, model: nn.Module, *, granularity: int = 1) -> StepTrace:
+def run_step(config: Config, model: nn.Module, *, granularity: int = 1, ledger: Ledger | None = None) -> StepTrace:
     """One step of a model that has been laid out, on real tensors or fake ones, under a ledger.
 
     The optimizer's state is there from the start, as it is from the second step of a run on.
     """
-    optimizer, ledger = build_optimizer(model, config.optim), Ledger(granularity, config.model.vocab_size)
+    ledger = ledger or Ledger(granularity, config.model.vocab_size)
+    # a trace cannot run what is compiled: AdamW's state stands for that of 8 bits, and is counted as the part that it takes
+    low_bit = config.optim.name == "adamw8bit"
+    optimizer = build_optimizer(model, replace(config.optim, name="adamw") if low_bit else config.optim)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     batches, count = [synthetic_batch(config, model) for _ in range(config.train.accumulate)], torch.ones(())
-    state = [x for entry in optimizer.state.values() for x in entry.values() if isinstance(x, torch.Tensor)]
-    ledger.own("weights", chain(model.parameters(), model.buffers()))
-    ledger.own("optimizer", state)
-    hooks = [p.register_post_accumulate_grad_hook(lambda q: ledger.own("gradients", [q.grad])) for p in model.parameters()]
-    phases = [model.register_forward_pre_hook(lambda *_: ledger.enter("forward")),
-              model.register_forward_hook(lambda *_: ledger.enter("backward"))]  # fmt: skip
-    with count_collectives() as counter, listening(ledger), ledger:
+    with count_collectives() as counter, noted(ledger, model, optimizer):
         accumulate_gradients(model, batches, config, step=1, count=count)
         ledger.enter("update")
         clip_grad_norm_(model, config.optim.clip)
         optimizer.step()
-    for handle in (*hooks, *phases):
-        handle.remove()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if low_bit:
+        ledger.shrink("optimizer", STATE_PART["adamw8bit"])
+    state = sum(x.numel() * x.element_size() for x in _state(optimizer))
+    steady = sum(x.numel() * x.element_size() for x in chain(model.parameters(), gradients))
+    steady += round(STATE_PART["adamw8bit"] * state) if low_bit else state
+    return StepTrace(ledger.peak(), ledger.timeline(), dict(counter.tallies), steady)
+
+
+@contextmanager
+def noted(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A ledger takes notes of the step inside: it is told of what is there before, of gradients, and of the step's parts.
+
+    Nothing that is computed changes by it. What compiled code makes inside is not noted.
+    """
+    ledger.own("weights", chain(model.parameters(), model.buffers()))
+    ledger.own("optimizer", _state(optimizer))
+    hooks = [p.register_post_accumulate_grad_hook(lambda q: ledger.own("gradients", [q.grad])) for p in model.parameters()]
+    hooks += [model.register_forward_pre_hook(lambda *_: ledger.enter("forward")),
+              model.register_forward_hook(lambda *_: ledger.enter("backward")),
+              optimizer.register_step_pre_hook(lambda *_: ledger.enter("update"))]  # fmt: skip
+    try:
+        with listening(ledger), ledger:
+            yield
+        ledger.closed = True
+    finally:
+        for handle in hooks:
+            handle.remove()
+    ledger.own("optimizer", _state(optimizer))  # which a run's first step makes
     offloader = layout_of(model).offloader
     for tier in offloader.tiers if offloader is not None else ():
         ledger.own("host", tier.buffers())
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    steady = sum(x.numel() * x.element_size() for x in chain(model.parameters(), state, gradients))
-    return StepTrace(ledger.peak(), ledger.timeline(), dict(counter.tallies), steady)
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """All tensors of its state; of those of 8 bits their parts."""
+    found: list[torch.Tensor] = []
+    for entry in optimizer.state.values():
+        for x in entry.values():
+            if isinstance(x, torch.Tensor):
+                quantized = getattr(x, "_local_tensor", x)
+                parts = ("codes", "scale", "qmap")
+                found += [getattr(quantized, part) for part in parts] if hasattr(quantized, "codes") else [x]
+    return found
 
 
 def synthetic_batch(config: Config, model: nn.Module) -> Batch:

@@ -62,6 +62,8 @@ def _page(runs: Sequence[Run]) -> str:
     parts.append(f'<div class="plots">{"".join(_figure(*plot) for plot in _plots(runs))}</div>')
     for run in runs:
         of = f" of {html.escape(run.name)}" if len(runs) > 1 else ""
+        if taken := _memory(run):
+            parts.append(f"<h2>Peak memory{of}</h2>{taken}")
         if run.facts:
             parts.append(f"<h2>Facts{of}</h2>{_facts(run)}")
         parts.append(f"<h2>Last steps{of}</h2>{_last_rows(run)}")
@@ -135,6 +137,14 @@ def _plots(runs: Sequence[Run]) -> list[tuple[str, str]]:
 def _figure(caption: str, svg: str) -> str:
     spoken = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(caption)} by step" ', 1)
     return f"<figure><figcaption>{html.escape(caption)}</figcaption>{spoken}</figure>"
+
+
+def _memory(run: Run) -> str:
+    """What the peak of a step was made of, where run.json tells; the facts name the step and the rank."""
+    start = "results.memory.classes."
+    sizes = {key.removeprefix(start): n for key, n in run.facts.items() if key.startswith(start)}
+    rows = [[name, f"{n / 2**20:,.2f} MiB"] for name, n in sizes.items() if type(n) is int and 0 <= n < 1 << 62]
+    return _table(["class", "bytes"], rows, "facts") if rows else ""
 
 
 def _last_rows(run: Run) -> str:

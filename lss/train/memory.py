@@ -1,14 +1,53 @@
-"""The least memory that a run takes, by arithmetic, against what the machine has: refused before anything is built."""
+"""The least memory that a run takes, by arithmetic, against what the machine has: refused before anything is built.
+
+And what the loop asks of whoever measures what it takes in truth."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
 import torch
+from torch import nn
 
 from lss.config import Config
 from lss.config.errors import refuse
 from lss.hosts import all_memory
 from lss.model.size import parameter_count
+from lss.train.optim import STATE_PART
 from lss.train.steps import parameter_dtype
+
+
+class StepMeter(Protocol):
+    """Measures where a run's memory goes, on its first steps; `lss.planner.Meter` is one. All ranks call alike."""
+
+    def step(self, number: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Around each step."""
+        ...
+
+    def facts(self, last: bool) -> dict[str, Any] | None:
+        """After each step, the last or not: what was found, once; else None."""
+        ...
+
+    def table(self, facts: dict[str, Any]) -> list[str]:
+        """Lines that show it."""
+        ...
+
+
+class NoMeter:
+    """Measures nothing."""
+
+    def step(self, number: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
+
+    def facts(self, last: bool) -> dict[str, Any] | None:
+        """None."""
+        return None
+
+    def table(self, facts: dict[str, Any]) -> list[str]:
+        """No lines."""
+        return []
 
 
 def state_bytes(config: Config) -> int:
@@ -16,11 +55,11 @@ def state_bytes(config: Config) -> int:
 
     A model is made whole on every rank before it is cut.
     """
-    parallel, copies = config.parallel, 4 if config.optim.name == "adamw" else 2
+    parallel, copies = config.parallel, 2 + 2 * STATE_PART[config.optim.name]
     assert isinstance(parallel.cp, int)
     whole = parameter_count(config.model, config.data.seq_len) * parameter_dtype(config.train.dtype).itemsize
     parts = parallel.cp * parallel.dp if parallel.fsdp else parallel.cp if parallel.strategy == "tp" else 1
-    return max(whole, copies * whole // parts)
+    return max(whole, int(copies * whole) // parts)
 
 
 def sequence_bytes(config: Config) -> int:

@@ -28,6 +28,7 @@ from lss.parallel import clip_grad_norm_, layout_of, parallelize
 from lss.segment.documents import scores_seen
 from lss.train.console import TrainConsole, make_console
 from lss.train.evaluate import bits, evaluate
+from lss.train.memory import NoMeter, StepMeter
 from lss.train.metrics import MetricsWriter, peak_memory_bytes
 from lss.train.optim import build_optimizer, learning_rate, set_learning_rate
 from lss.train.saving import SampleLog, Saving
@@ -87,6 +88,8 @@ class Trainer:
         on_end: called on the first rank when the run is complete, with `out`; returns lines to print last.
         signals: what this process is told while it trains; None: nothing is listened to.
         watch: is told where this rank is; None: nobody asks.
+        meter: measures where memory goes, on the first steps; what it finds is told and goes to run.json. None: nothing
+            is measured.
 
     Raises:
         Refused: data, model or the folder's earlier run do not fit the config; before anything is written.
@@ -100,8 +103,11 @@ class Trainer:
         on_end: Callable[[Path], list[str]] = lambda out: [],
         signals: Signals | None = None,
         watch: Watch | None = None,
+        meter: StepMeter | None = None,
     ) -> None:
         self.config, self.mesh, self.out, self.on_end = config, mesh, out, on_end
+        self.meter: StepMeter = meter or NoMeter()
+        self.memory: dict[str, Any] = {}
         self.stopping = Stopping(mesh, signals, config.train.max_bad_steps)
         self._at: Callable[[int, str], None] = watch.at if watch is not None else lambda step, phase: None
         self._at(0, "building the model")
@@ -216,7 +222,12 @@ class Trainer:
     def _step(self, step: int, console: TrainConsole, metrics: MetricsWriter | None) -> dict[str, Any]:
         """One step, with what is due after it: evaluation, metrics, a save, the end."""
         train, every, stopping = self.config.train, self.config.checkpoint.every, self.stopping
-        row = self.train_step(step)
+        with self.meter.step(step, self.model, self.optimizer):
+            row = self.train_step(step)
+        if facts := self.meter.facts(step == train.steps):
+            self.memory = facts
+            for line in self.meter.table(facts):
+                console.note(line)
         if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
             self._at(step, "evaluating")
             row["eval_loss"] = self.evaluate()
@@ -328,6 +339,7 @@ class Trainer:
         if not self.first:
             return
         results = {"step": row["step"], "loss": row["loss"], "failed_saves": self.saving.failed}
+        results |= {"memory": self.memory} if self.memory else {}
         lines = []
         if "eval_loss" in row:
             held_out = bits(row["eval_loss"])

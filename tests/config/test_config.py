@@ -86,7 +86,7 @@ def test_preset_shapes():
         ("optim.lr=nan", "optim.lr=nan"),
         ("optim.lr=inf", "optim.lr=inf"),
         ("optim.lr=-1", "0 or more"),
-        ("optim.name=adam", '"adamw" or "sgd"'),
+        ("optim.name=adam", '"adamw" or "adamw8bit" or "sgd"'),
         ("model.dropout=1.0", "0 to 0.99"),
         ("model.n_heads=7", "must divide model.d_model=128; use 4 or 8"),
         ("model.n_kv_heads=3", "must divide model.n_heads=8"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -63,6 +64,13 @@ def _do(wanted: dict[str, Any]) -> None:
         ctypes.PyDLL(None).sleep(int(seconds))
     elif what == "raise":
         raise ValueError("planted")
+    elif what == "out of memory":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB.")
+    elif what == "limit":  # what the process holds now, and a little
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (8 << 20), resource.RLIM_INFINITY))
     elif what in ("SIGKILL", "SIGSTOP"):
         # slept first, so that the last beat tells of just this place
         if wanted.get("later"):  # it goes on, into the collective, and is hit there

@@ -47,6 +47,19 @@ class Page(HTMLParser):
         self.loads += [v for k, v in attrs if k in ("src", "href", "xlink:href") and not v.startswith("#")]
 
 
+def test_the_peak_by_class_is_shown_where_it_was_measured(tmp_path):
+    folder = run(tmp_path)
+    assert "Peak memory<" not in build_report([folder]).read_text()
+    classes = {"weights": 3 << 20, "<b>": 1 << 20, "broken": 10**4000, "text": "much"}
+    (folder / "run.json").write_text(json.dumps({"results": {"memory": {"classes": classes}}}))
+    text = build_report([folder]).read_text()
+    shown = text[text.index("<h2>Peak memory</h2>") : text.index("<h2>Facts</h2>")]
+    assert "<td>weights</td><td>3.00 MiB</td>" in shown
+    assert "<td>&lt;b&gt;</td>" in shown
+    assert "broken" not in shown
+    assert "much" not in shown
+
+
 def test_page_has_the_numbers_and_loads_nothing(tmp_path):
     path = build_report([run(tmp_path)])
     assert path == tmp_path / "run" / "report.html"

@@ -1,0 +1,66 @@
+"""What short traces draw out to is what a long one finds; and a run is warned by it before step 1."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from lss.config import load_config
+from lss.hosts import all_memory
+from lss.planner import estimate, trace_step, warning
+from lss.train.metrics import read_metrics
+from tests.faults.ranks import Run
+
+LONG = ["data.seq_len=8192", "train.batch_size=2", "model.d_model=64", "model.n_heads=4", "model.n_kv_heads=2",
+        "model.d_mlp=96"]  # fmt: skip
+RUNS = {
+    "plain": (1, []),
+    "two ranks, recomputed": (2, ["memory.checkpointing=full"]),
+    "offloaded": (2, ["data.seq_len=65536", "memory.checkpointing=attention", "memory.offload=host"]),
+    "sharded, wide": (2, ["parallel.fsdp=true", "model.vocab_size=2000", "memory.tiles=2048"]),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_drawn_out_is_what_the_whole_length_takes(name):
+    ranks, overrides = RUNS[name]
+    config = load_config(None, [*LONG, *overrides]).resolved(ranks)
+    found, whole = estimate(config), trace_step(config).peak
+    assert found.bytes == pytest.approx(whole.bytes, rel=0.1)
+    assert found.host == pytest.approx(whole.host, rel=0.1)
+    largest = max(whole.classes, key=whole.classes.__getitem__)
+    assert found.classes[largest] == pytest.approx(whole.classes[largest], rel=0.2)
+
+
+def test_the_warning_names_class_and_remedy():
+    cpu, config = torch.device("cpu"), load_config(None, LONG).resolved(1)
+    needed = estimate(config).bytes
+    assert warning(config, needed, cpu) is None
+    said = warning(config, needed - 1, cpu)
+    assert re.search(r"a rank needs .* \(activations .*\) and .* are free; of activations less", said)
+    assert 'memory.checkpointing="full"' in said
+    # nothing is traced for a small run on a large machine, whose start is not to take longer
+    assert warning(load_config(None).resolved(1), all_memory(), cpu) is None
+
+
+def little_memory():
+    """This host, as far as it tells, has no memory free."""
+    import lss.hosts as hosts
+
+    hosts.free_memory = lambda: 1 << 20
+
+
+def test_a_warned_run_goes_on_and_is_the_same(tmp_path):
+    runs = [Run(tmp_path / name, 2, ["train.steps=2", "train.batch_size=2"], hook=hook)
+            for name, hook in (("warned", little_memory), ("plain", None))]  # fmt: skip
+    for run in runs:
+        assert run.wait(90) == [0, 0], run.said()
+    assert runs[0].said().count("a step will hardly fit") == 1
+    assert "hardly" not in runs[1].said()
+    losses = [[row["loss"] for row in read_metrics(run.out / "metrics.jsonl")] for run in runs]
+    assert losses[0] == losses[1]
+    facts = json.loads((runs[0].out / "run.json").read_text())["results"]["memory"]
+    assert facts["step"] == 2

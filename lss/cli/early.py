@@ -6,15 +6,22 @@ import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lss.config import Config
 from lss.config.errors import Refused, refuse
 from lss.environment import rank_environment
 from lss.mesh import pick_device_type
 
+if TYPE_CHECKING:
+    from lss.integrations.hf.source import Source
 
-def refuse_options(config: Config, nproc: int | None) -> None:
+
+def refuse_options(config: Config, nproc: int | None, source: Source | None = None) -> None:
     """Refuse what this machine cannot hold, and a kernel that it cannot run; of GPUs the ranks say it, not their launcher.
+
+    Args:
+        source: the model of transformers that `config` has the shape of.
 
     Raises:
         Refused: in the words of `refuse_too_large` and `pick_kernel`.
@@ -29,9 +36,10 @@ def refuse_options(config: Config, nproc: int | None) -> None:
     here = environment.local_world_size if environment else nproc or 1
     device_type = pick_device_type(here)
     if device_type == "cpu" or environment or here == 1:
-        refuse_too_large(config, device_type, here)
+        parameters = None if source is None else sum(shape.numel() for shape in source.parameters().values())
+        refuse_too_large(config, device_type, here, parameters)
         # attention would say it of its first queries, in step 1
-        head_size = config.model.d_model // config.model.n_heads
+        head_size = config.model.d_model // config.model.n_heads if source is None else source.head_size()
         queries = torch.empty(1, 1, 1, head_size, dtype=DTYPES[config.train.dtype], device=device_type)
         pick_kernel(config.parallel.kernel, queries)
 

@@ -74,9 +74,12 @@ class Config:
         Raises:
             Refused: naming the key, its value and the nearest values that fit.
         """
-        refuse_mismatch(self.model)
+        if self.model.hf:
+            self._validate_hf()
+        else:
+            refuse_mismatch(self.model)
         model, parallel, train = self.model, self.parallel, self.train
-        if self.data.source == "bytes" and model.vocab_size < 256:
+        if self.data.source == "bytes" and model.known and model.vocab_size < 256:
             fit = 'data.source="bytes" has ids up to 255; use 256 or more'
             raise refuse("model.vocab_size", model.vocab_size, fit)
         if self.data.token_bytes == 3:
@@ -104,6 +107,21 @@ class Config:
             self._validate_tensor_parallel(cp)
         self._validate_inner(cp)
         self._validate_token_chunks(cp)
+
+    def _validate_hf(self) -> None:
+        """Refuse what only the reference decoder has."""
+        memory, prefix = self.memory, self.data.prefix
+        only = {
+            "parallel.strategy": (self.parallel.strategy == "tp", "tp", 'it cuts other weights; use "lss"'),
+            "memory.checkpointing": (memory.checkpointing == "attention", "attention", 'it has "full" and "none"'),
+            "memory.offload": (memory.offload != "none", memory.offload, 'not for such a model; use "none"'),
+            "memory.tiles": (memory.tiles != "auto", memory.tiles, 'its loss is computed whole; use "auto"'),
+            "train.compile": (self.train.compile, True, "not for such a model; use false"),
+            "data.prefix": (prefix > 0, prefix, "not for such a model; use 0"),
+        }
+        for key, (given, value, fit) in only.items():
+            if given:
+                raise refuse(key, show(value), f"model.hf={show(self.model.hf)}: {fit}")
 
     def _validate_kind(self) -> None:
         model, data = self.model, self.data
@@ -156,9 +174,7 @@ class Config:
 
     def _validate_head_chunks(self) -> None:
         chunks, kv_heads = self.parallel.head_chunks, self.model.n_kv_heads
-        if not isinstance(chunks, int):
-            return
-        if chunks > kv_heads:
+        if isinstance(chunks, int) and self.model.known and chunks > kv_heads:
             fit = f'model.n_kv_heads={kv_heads} bounds it; use "auto" or 1 to {kv_heads}'
             raise refuse("parallel.head_chunks", chunks, fit)
 

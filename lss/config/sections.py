@@ -132,7 +132,13 @@ class ModelConfig:
     sinks: bool = _key(False, bool, "a learned logit a head that takes part in the softmax only")
     attention_dropout: float = _key(0.0, float, "rate of dropout of attention's probabilities", low=0, high=0.99)
     rope_theta: float = _shape("rope_theta", float, "base of the rotary frequencies", low=1)
-    hf: str = _key("", str, "Hugging Face model; empty: the reference decoder")
+    hf: str = _key("", str, "model of Hugging Face transformers, a folder or OWNER/NAME on the Hub, which brings its own "
+                   "shape; empty: the reference decoder")  # fmt: skip
+
+    @property
+    def known(self) -> bool:
+        """Whether the shape is known; that of `hf` is read when the model is looked for."""
+        return self.n_layers > 0
 
     def window_of(self, layer: int) -> int | None:
         """The window of a layer, counted from 0; None where it sees everything."""
@@ -286,10 +292,23 @@ def build_section(section: str, values: dict[str, Any]) -> Any:
         checked[key] = keys_of(section)[key].check(f"{section}.{key}", value)
     if section == "model":
         if checked.get("hf"):
-            fit = "Hugging Face models are not supported in this version; leave it empty"
-            raise refuse("model.hf", repr(checked["hf"]), fit)
+            return _of_hf(checked)
         checked = PRESETS[checked.get("preset", "tiny")] | checked
     return SECTIONS[section](**checked)
+
+
+# what of [model] goes with `hf`
+HF_KEYS = ("hf",)
+_UNREAD = dict.fromkeys(("d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp", "vocab_size"), 0)
+
+
+def _of_hf(given: dict[str, Any]) -> ModelConfig:
+    """The section of a model of transformers, its shape not read yet; a key of another model is refused."""
+    defaults = ModelConfig()
+    for key, value in given.items():
+        if key not in HF_KEYS and value != getattr(defaults, key):
+            raise refuse(f"model.{key}", show(value), f"model.hf={show(given['hf'])} brings its own; leave it out")
+    return ModelConfig(**{key: given[key] for key in HF_KEYS if key in given}, **_UNREAD)
 
 
 def markdown_table() -> str:
@@ -324,6 +343,7 @@ def nearest(whole: int, wanted: int) -> str:
 
 
 def as_plain(section: Any) -> dict[str, Any]:
-    """A section's values by key, as JSON would have them."""
-    values = {f.name: getattr(section, f.name) for f in fields(section)}
+    """A section's values by key, as JSON would have them; of a model of transformers what was set, not what was read."""
+    named = HF_KEYS if isinstance(section, ModelConfig) and section.hf else [f.name for f in fields(section)]
+    values = {name: getattr(section, name) for name in named}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -26,7 +26,7 @@ from lss.config import Config
 from lss.config.errors import Failed, Refused, refuse
 from lss.data.corpus import open_corpus
 from lss.data.loader import Batch, Loader
-from lss.parallel import Layout
+from lss.parallel import HFLayout, Layout
 from lss.train.metrics import truncate
 
 FOLDER = "checkpoints"
@@ -82,7 +82,7 @@ class Saving:
         out: Path,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        layout: Layout,
+        layout: Layout | HFLayout,
         loader: Loader,
         *,
         facts: Callable[[], dict[str, Any]],

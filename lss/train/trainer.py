@@ -23,58 +23,17 @@ from lss.data.corpus import open_corpus
 from lss.data.loader import EvalLoader, Loader
 from lss.data.reader import Batch
 from lss.flops import model_flops, peak_flops
-from lss.model import Transformer
-from lss.parallel import clip_grad_norm_, layout_of, parallelize
+from lss.parallel import clip_grad_norm_, layout_of
 from lss.segment.documents import scores_seen
 from lss.train.console import TrainConsole, make_console
 from lss.train.evaluate import bits, evaluate
 from lss.train.metrics import MetricsWriter, peak_memory_bytes
+from lss.train.models import find_model
 from lss.train.optim import build_optimizer, learning_rate, set_learning_rate
 from lss.train.saving import SampleLog, Saving
 from lss.train.signals import Signals
-from lss.train.steps import accumulate_gradients, loader_kind, parameter_dtype
+from lss.train.steps import accumulate_gradients, loader_kind
 from lss.train.stopping import Stopping
-
-
-def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) -> torch.nn.Module:
-    """The config's model, laid out over the mesh and given segments, on the mesh's device."""
-    model = Transformer(config.model, seq_len or config.data.seq_len, seed=config.train.seed)
-    model.to(device=mesh.device_type, dtype=parameter_dtype(config.train.dtype))
-    return lay_out(config, model, mesh)
-
-
-def lay_out(config: Config, model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
-    """A plain model laid out over the mesh as the config says."""
-    parallel = config.parallel
-    return parallelize(
-        model,
-        mesh,
-        strategy=parallel.strategy,
-        inner=parallel.inner,
-        order=parallel.order,
-        head_chunks=parallel.head_chunks,
-        token_chunks=parallel.token_chunks,
-        regather=parallel.regather,
-        fsdp=parallel.fsdp,
-        fsdp_reshard=parallel.fsdp_reshard,
-        checkpointing=config.memory.checkpointing,
-        offload=config.memory.offload,
-        offload_gib=config.memory.offload_gib,
-        offload_path=config.memory.offload_path,
-        kernel=parallel.kernel,
-        transport=parallel.transport,
-        dkv_dtype=parallel.dkv_dtype,
-        precut=True,
-        packed=config.data.packing,
-        tiles=config.memory.tiles,
-        compile=config.train.compile,
-    )
-
-
-def matrix_parameters(model: Transformer) -> int:
-    """Parameters of the plain model that stand in matrix products: all matrices but look-up tables."""
-    total = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and "position_table" not in name)
-    return total if model.lm_head is None else total - model.embedding.weight.numel()
 
 
 class Trainer:
@@ -101,20 +60,21 @@ class Trainer:
         signals: Signals | None = None,
         watch: Watch | None = None,
     ) -> None:
-        self.config, self.mesh, self.out, self.on_end = config, mesh, out, on_end
+        self.mesh, self.out, self.on_end = mesh, out, on_end
         self.stopping = Stopping(mesh, signals, config.train.max_bad_steps)
         self._at: Callable[[int, str], None] = watch.at if watch is not None else lambda step, phase: None
         self._at(0, "building the model")
+        self.subject = find_model(config, out)
+        self.config = config = self.subject.config
         self.seq_len = config.data.seq_len
         corpus = open_corpus(config)
         self.train_split, self.held_out_split = corpus.split(config.data.held_out)
         self.corpus = corpus
-        self.model = build_model(config, mesh)
+        self.model = self.subject.build(mesh)
         self.layout = layout_of(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.loader = self._loader()
         self.first = mesh.get_rank() == 0
-        self.matrix_parameters = matrix_parameters(_on_meta(config))
         self.saving = Saving(
             config, mesh, out, self.model, self.optimizer, self.layout, self.loader, facts=self.facts, say=self._say
         )
@@ -152,7 +112,7 @@ class Trainer:
             total += rows * (scores_seen((0, source), False, model.windows, model.n_layers) + model.n_layers * S * source)
         # a causal score matrix is counted as half a square, as everywhere
         total -= rows * model.n_layers * S / 2 if causal and not model.windows and not self.config.data.packing else 0
-        return model_flops(self.matrix_parameters, model.d_model, S, rows, total)
+        return model_flops(self.subject.matrix_parameters, self.subject.attention_width, S, rows, total)
 
     def _say(self, line: str) -> None:
         if self.first:
@@ -165,10 +125,10 @@ class Trainer:
             "versions": {"lss": _version(), "torch": torch.__version__, "numpy": np.__version__,
                          "python": platform.python_version()},
             "mesh": {"dp": self.layout.dp.size, "cp": self.layout.cp.size, "device": _device_name(self.mesh)},
-            "parameters": sum(p.numel() for p in _on_meta(self.config).parameters()),
+            "parameters": self.subject.parameters,
             "corpus": {"name": self.corpus.name, self.corpus.unit: len(self.corpus), "digest": self.corpus.digest},
             "skipped": self.stopping.skipped,
-        }  # fmt: skip
+        } | self.subject.to_state()  # fmt: skip
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -306,11 +266,9 @@ class Trainer:
 
     def _header(self) -> list[tuple[str, str]]:
         config, layout = self.config, self.layout
-        parameters = sum(p.numel() for p in _on_meta(config).parameters())
         segment = layout.segment(self.seq_len)
         return [
-            ("model", f"{config.model.preset}: {parameters:,} parameters, {config.model.n_layers} layers of "
-                      f"{config.model.d_model}, {config.model.n_heads}/{config.model.n_kv_heads} heads"),
+            ("model", self.subject.describe()),
             ("mesh", f"dp {layout.dp.size} x cp {layout.cp.size}, strategy {layout.strategy}, order {layout.order}, "
                      f"{'parameters sharded, ' if layout.sharding is not None else ''}on {_device_name(self.mesh)}"),
             ("sequence", f"{self.seq_len:,} tokens, {segment.local_len:,} a rank"),
@@ -334,12 +292,6 @@ class Trainer:
             lines.append(f"held-out: {held_out:.2f} bits per {self.corpus.item}")
         self._write_run(results)
         console.finish(lines + self.on_end(self.out))
-
-
-def _on_meta(config: Config) -> Transformer:
-    """The plain, whole model without storage, for counting."""
-    with torch.device("meta"):
-        return Transformer(config.model, config.data.seq_len)
 
 
 def _version() -> str:

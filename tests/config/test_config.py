@@ -92,7 +92,6 @@ def test_preset_shapes():
         ("model.n_kv_heads=3", "must divide model.n_heads=8"),
         ("model.vocab_size=100", "256 or more"),
         ("model.preset=huge", '"llama-3.2-1b"'),
-        ("model.hf=gpt2", "Hugging Face"),
         ("model.tie_embeddings=1", "false or true"),
         ("parallel.order=zigzag", "parallel.order"),
         ("parallel.fsdp=1", "false or true"),

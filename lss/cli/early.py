@@ -73,18 +73,25 @@ def refuse_folder(out: Path | str) -> None:
         raise refuse("--out", _shown(out), "not the name of a folder; give one") from None
 
 
-def refuse_data(config: Config, scan: bool = True) -> None:
+def refuse_data(config: Config, scan: bool = True, out: Path | None = None) -> None:
     """Refuse data that the config cannot be trained on. `scan`: read all token ids, each rank of a host its share.
+
+    Text and genomes are looked at once their tokens are in the run's folder `out`.
 
     Raises:
         Refused: by file and byte, or the split and the length that would fit.
     """
     from lss.data import EvalLoader, Loader, TokenCorpus, open_corpus
+    from lss.data.prepare import is_prepared
+    from lss.data.sources import find_files
     from lss.segment import make_segment
     from lss.train.steps import loader_kind
 
     train, parallel = config.train, config.parallel
-    corpus = open_corpus(config)
+    if out is not None and not is_prepared(config, out):
+        find_files(config.data.path)
+        return
+    corpus = open_corpus(config, out)
     training, held_out = corpus.split(config.data.held_out)
     assert isinstance(parallel.cp, int)
     if not config.data.packing:

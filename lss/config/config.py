@@ -64,6 +64,8 @@ class Config:
                 if key not in keys_of(section):
                     raise _unknown(f"{section}.{key}", known_keys(), "key")
         sections = {section: build_section(section, dict(values.get(section, {}))) for section in SECTIONS}
+        if sections["model"].hf and "source" not in values.get("data", {}):
+            sections["data"] = replace(sections["data"], source="text")
         config = Config(**sections, name=name)
         config.validate()
         return config
@@ -84,8 +86,7 @@ class Config:
             raise refuse("model.vocab_size", model.vocab_size, fit)
         if self.data.token_bytes == 3:
             raise refuse("data.token_bytes", 3, "ids take 2 or 4 bytes; use one of these")
-        if self.data.source == "tokens" and not self.data.path:
-            raise refuse("data.path", "''", 'data.source="tokens" has no files of its own; give a file, a folder or a glob')
+        self._validate_data()
         self._validate_kind()
         self._validate_head_chunks()
         self._validate_compile()
@@ -108,6 +109,19 @@ class Config:
         self._validate_inner(cp)
         self._validate_token_chunks(cp)
 
+    def _validate_data(self) -> None:
+        data, kind = self.data, self.model.kind
+        if data.source in ("tokens", "fasta") and not data.path:
+            fit = f'data.source="{data.source}" has no files of its own; give a file, a folder or a glob'
+            raise refuse("data.path", "''", fit)
+        if data.source == "text" and not self.model.hf:
+            raise refuse("data.source", '"text"', 'a tokenizer comes with model.hf; use "bytes", or lss data tokenize')
+        if data.reverse_complement and data.source not in ("tokens", "fasta"):
+            raise refuse("data.reverse_complement", "true", f'data.source="{data.source}" has no strands; use false')
+        if data.reverse_complement and (data.packing or kind == "encoder_decoder"):
+            fit = "data.packing=true" if data.packing else f'model.kind="{kind}"'
+            raise refuse("data.reverse_complement", "true", f"not with {fit}; use false")
+
     def _validate_hf(self) -> None:
         """Refuse what only the reference decoder has."""
         memory, prefix = self.memory, self.data.prefix
@@ -117,6 +131,7 @@ class Config:
             "memory.offload": (memory.offload != "none", memory.offload, 'not for such a model; use "none"'),
             "memory.tiles": (memory.tiles != "auto", memory.tiles, 'its loss is computed whole; use "auto"'),
             "train.compile": (self.train.compile, True, "not for such a model; use false"),
+            "data.source": (self.data.source == "bytes", "bytes", 'bytes are not its tokens; use "text" or "tokens"'),
             "data.prefix": (prefix > 0, prefix, "not for such a model; use 0"),
         }
         for key, (given, value, fit) in only.items():
@@ -125,7 +140,7 @@ class Config:
 
     def _validate_kind(self) -> None:
         model, data = self.model, self.data
-        if model.kind == "encoder" and data.source == "tokens" and model.vocab_size < 2:
+        if model.kind == "encoder" and data.source != "bytes" and model.vocab_size < 2:
             fit = 'model.kind="encoder" needs an id for masked tokens, the last; use 2 or more'
             raise refuse("model.vocab_size", model.vocab_size, fit)
         if model.kind == "encoder" and data.source == "bytes" and model.vocab_size < 257:

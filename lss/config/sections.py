@@ -199,7 +199,9 @@ class MemoryConfig:
 class DataConfig:
     """[data]: what is read."""
 
-    source: str = _key("bytes", str, "how files become tokens", choices=("bytes", "tokens"))
+    source: str = _key("bytes", str, "how files become tokens: bytes as they are; tokens: files of ids; text: by the "
+                       "tokenizer of model.hf, with which it is the default; fasta: nucleotides of FASTA and FASTQ",
+                       choices=("bytes", "tokens", "text", "fasta"))  # fmt: skip
     token_bytes: int = _key(2, int, "bytes of an id in a .bin file, 2 or 4; a .npy file says its own", low=2, high=4)
     path: str = _key("", str, "file, folder or glob; empty: for bytes the running Python's standard-library sources")
     seq_len: int = _key(512, int, "S, labels per sequence; S+1 tokens are read", low=1)
@@ -208,6 +210,8 @@ class DataConfig:
     prefix: int = _key(0, int, "tokens at the start of each sequence or document that see each other; not trained on", low=0)
     mask_rate: float = _key(0.15, float, "share of tokens that an encoder is to restore", low=0.001, high=0.999)
     source_every: int = _key(2, int, "an encoder_decoder's source is each n-th byte or token of its text", low=1)
+    reverse_complement: bool = _key(False, bool, "of nucleotides: every second sequence, drawn by seed and sample, is read "
+                                    "from the other strand")  # fmt: skip
     held_out: float = _key(0.05, float, "fraction of the corpus, at its end, kept for evaluation", low=1e-6, high=0.5)
 
 

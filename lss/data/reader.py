@@ -14,6 +14,7 @@ from lss.config.errors import refuse
 from lss.data.packing import pack
 from lss.data.permutation import hashes
 from lss.data.sources import Split
+from lss.data.tokenizer import COMPLEMENT
 from lss.segment import Segment
 
 IGNORE_INDEX = -100
@@ -59,6 +60,7 @@ class Kind(TypedDict, total=False):
     mask_id: int
     source_every: int
     source_segment: Segment | None
+    reverse_complement: bool
 
 
 class Reader:
@@ -69,8 +71,8 @@ class Reader:
     Args:
         segment: this rank's part of a sequence.
         seed: draws the packing and the masked tokens.
-        packing: each file of the split is a document, and sample i is packed sequence i of `pack`. No label crosses the
-            end of a document: its last token counts nothing. The last token of a piece that was cut from a longer
+        packing: each document of the split stands by itself, and sample i is packed sequence i of `pack`. No label crosses
+            the end of a document: its last token counts nothing. The last token of a piece that was cut from a longer
             document has the document's next byte as its label. `segment` then gives the length alone.
         segment_of: this rank's segment for the edges of packed documents (int32, as `make_segment` takes them); needed
             with packing.
@@ -81,6 +83,8 @@ class Reader:
             the bytes hidden; no others count.
         source_every: above 0 for an encoder-decoder: the source's token j is the sample's byte j * source_every.
         source_segment: this rank's part of the source, ceil(seq_len / source_every) tokens.
+        reverse_complement: of nucleotides: every second sample, drawn from (seed, sample id), is read from the other strand,
+            backwards and each letter as its complement; alike in any layout.
 
     Raises:
         Refused: a setting out of range or two that do not go together, or a split too short.
@@ -100,6 +104,7 @@ class Reader:
         mask_id: int = 256,
         source_every: int = 0,
         source_segment: Segment | None = None,
+        reverse_complement: bool = False,
     ) -> None:
         if segment.seq_len != seq_len:
             raise refuse("seq_len", seq_len, f"the segment is of sequences of {segment.seq_len}")
@@ -115,7 +120,7 @@ class Reader:
         assert segment_of is not None or not packing, "packing cuts every sample by its own documents"
         self.split, self.seq_len, self.segment, self.seed = split, seq_len, segment, seed
         self.segment_of, self.prefix, self.mask_rate, self.mask_id = segment_of, prefix, mask_rate, mask_id
-        self.source_every, self.source_segment = source_every, source_segment
+        self.source_every, self.source_segment, self.reverse_complement = source_every, source_segment, reverse_complement
         if source_every:
             assert source_segment is not None, "a source needs its segment"
             assert source_segment.seq_len == -(-seq_len // source_every), (source_segment.seq_len, seq_len, source_every)
@@ -162,10 +167,20 @@ class Reader:
         labels = np.full(segment.local_len, IGNORE_INDEX, np.int64)
         if sample is None:
             return tokens, labels
+        turned = self.reverse_complement and bool(hashes(self.seed + 1, np.zeros(1, np.int64), number)[0] >> np.uint64(63))
+        first = sample * self.seq_len
         for local, start, stop, end in self._runs(sample, segment):
-            run = self._read(start, min(stop + self._ahead, end))
+            if turned:  # item i of the sample is its item S - i from the other strand
+                last = 2 * first + self.seq_len + self._ahead
+                run = COMPLEMENT[self._read(last - min(stop + self._ahead, end), last - start)[::-1]]
+            else:
+                run = self._read(start, min(stop + self._ahead, end))
             tokens[local : local + stop - start] = run[: stop - start]
-            labels[local : local + len(run) - self._ahead] = run[self._ahead :]
+            trained = self.split.read_trained(start + self._ahead, start + len(run))
+            targets = run[self._ahead :]
+            labels[local : local + len(targets)] = (
+                targets if trained is None else np.where(trained, targets, IGNORE_INDEX)
+            )
         if self.mask_rate:
             # by place in the sequence, not in a document: two documents of a sequence are masked differently
             bits = hashes(self.seed, segment.positions.numpy(), number) >> np.uint64(64 - _BITS)
@@ -216,6 +231,6 @@ def _documents(split: Split, needed: int) -> np.ndarray:
     documents = split.documents()
     longest = int((documents[:, 1] - documents[:, 0]).max(initial=0))
     if longest < needed:
-        facts = f"the {split.name} part has {len(documents):,} files, the longest of {longest} bytes"
+        facts = f"the {split.name} part has {len(documents):,} documents, the longest of {longest} bytes"
         raise refuse("data.path", split.corpus.name, f"{facts}, and a label takes {needed}; give more text")
     return documents

@@ -43,7 +43,7 @@ def count_labels(model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
 def loader_kind(config: Config, layout: Layout | HFLayout | None) -> Kind:
     """What the config's loaders make of the text; `layout` cuts it, None leaves it whole."""
     kind, data = config.model.kind, config.data
-    settings: Kind = {"packing": data.packing}
+    settings: Kind = {"packing": data.packing, "reverse_complement": data.reverse_complement}
     if data.packing:
         settings["segment_of"] = lambda borders: segment_of(config, layout, borders)
     if kind == "decoder":

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.comm import DEVICE, Watch
+from lss.comm import DEVICE, Watch, control
 from lss.config import Config
-from lss.config.errors import Failed
+from lss.config.errors import Failed, Refused
 from lss.data.corpus import open_corpus
 from lss.data.loader import EvalLoader, Loader
+from lss.data.prepare import PREPARED, prepare
 from lss.data.reader import Batch
 from lss.flops import model_flops, peak_flops
 from lss.parallel import clip_grad_norm_, layout_of
@@ -67,7 +68,8 @@ class Trainer:
         self.subject = find_model(config, out)
         self.config = config = self.subject.config
         self.seq_len = config.data.seq_len
-        corpus = open_corpus(config)
+        self._prepare_data()
+        corpus = open_corpus(config, out)
         self.train_split, self.held_out_split = corpus.split(config.data.held_out)
         self.corpus = corpus
         self.model = self.subject.build(mesh)
@@ -85,6 +87,23 @@ class Trainer:
         self.evaluations: dict[int, float] = {}
 
     # -- before step 1 -----------------------------------------------------------------------------------------------
+
+    def _prepare_data(self) -> None:
+        """Have the first rank make tokens of text, where they are needed and not there; the others wait.
+
+        Collectives: where they are needed, one gather.
+        """
+        if self.config.data.source not in PREPARED:
+            return
+        reason, talk = "", control(self.mesh, "data")
+        if self.mesh.get_rank() == 0:
+            try:
+                prepare(self.config, self.out)
+            except Refused as refusal:
+                reason = str(refusal)
+        reason = talk.gather(reason)[0]
+        if reason:
+            raise Refused(reason)
 
     def _loader(self) -> Loader:
         train = self.config.train

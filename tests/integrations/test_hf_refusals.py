@@ -119,7 +119,8 @@ BATCHES = {
     "keep": "logits_to_keep=", "dense": "attention_mask=(2, 1, 37, 37)", "padding": "labels=", "left": "begins with padding",
     "rows": "position_ids=", "length": "position_ids=(1, 36)", "labels": "labels=(2, 36)",
     "router": "output_router_logits=", "inside": "whole model", "twice": "parallelized already", "table": "128 rows",
-    "precut": "shift_labels", "joined": "cu_seqlens", "encoder": "cu_seqlens", "tp": "strategy=tp", "fsdp": "fsdp_reshard=some",
+    "precut": "shift_labels", "joined": "cu_seqlens", "encoder": "cu_seqlens", "tp": "strategy=tp",
+    "fsdp": "fsdp_reshard=some",
     "attention": "checkpointing=attention", "order": "order=zigzag", "dynamic": "rope_type=dynamic",
     "chunks": "chunked_attention", "roberta": "RobertaEmbeddings",
 }  # fmt: skip

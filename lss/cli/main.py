@@ -71,10 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--token-bytes", type=int, default=2, choices=(2, 4), help="of an id in .bin files (default 2)")
     _tokenize_arguments(actions.add_parser("tokenize", help="make token files of text, JSON lines, Parquet or genomes"))
 
-    export = verbs.add_parser("export", help="write a checkpoint's weights as one safetensors file")
-    export.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300")
-    export.add_argument("-o", "--output", required=True, metavar="FILE", help="the safetensors file to write")
-    export.add_argument("--format", default="safetensors", help="safetensors")
+    export = verbs.add_parser("export", help="write a checkpoint's weights as one safetensors file, or for transformers")
+    export.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300, or a run's")
+    export.add_argument("-o", "--output", required=True, metavar="FILE", help="the file to write, or the folder")
+    export.add_argument("--format", default="safetensors",
+                        help="safetensors (default); hf: a folder that from_pretrained loads")  # fmt: skip
 
     verify = verbs.add_parser("verify", help="check every byte of a checkpoint")
     verify.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300, or a run's")

@@ -62,7 +62,8 @@ class Tokenizer:
 
     def save(self, folder: Path) -> list[Path]:
         """Write its files into a folder; returns them."""
-        return sorted({Path(name) for name in self._it.save_pretrained(folder)} & set(folder.iterdir()))
+        self._it.save_pretrained(folder)
+        return sorted(folder.iterdir())
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
         """(ids, whether each is trained on) of a conversation by the tokenizer's chat template: the assistant's words are.

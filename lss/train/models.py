@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +14,18 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lss.checkpoint import find_checkpoint
+from lss.checkpoint.files import hash_file
 from lss.config import Config
-from lss.config.errors import refuse
+from lss.config.errors import Refused, refuse
+from lss.data.tokenizer import Tokenizer
 from lss.integrations.hf.source import Source, dropout_rates, kept_source, open_source, with_shape
 from lss.model import Transformer
 from lss.model.size import parameter_count
 from lss.parallel import parallelize
 from lss.train.steps import parameter_dtype
+
+# folder of a run for the files of the model's tokenizer
+KEPT = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,23 @@ class Subject:
         rates = {} if source is None else dropout_rates(source.config)
         return f"{line}; dropout of its config ({', '.join(rates)}) set to 0" if rates else line
 
-    def to_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, to be built without its folder or the Hub."""
-        return {} if self.source is None else {"hf": self.source.to_state()}
+    def to_state(self, out: Path) -> dict[str, Any]:
+        """What a checkpoint of the run in `out` keeps of it, to be built and exported without its folder or the Hub."""
+        if self.source is None:
+            return {}
+        files = sorted((out / KEPT).glob("*")) if (out / KEPT).is_dir() else []
+        return {"hf": self.source.to_state() | {"tokenizer": {file.name: hash_file(file) for file in files}}}
+
+    def keep_tokenizer(self, out: Path) -> None:
+        """Put the files of the model's tokenizer, where it has one, into the run's folder; once."""
+        if self.source is None or (out / KEPT).exists():
+            return
+        aside = out / f".{KEPT}.writing"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        with suppress(Refused):  # a run on token files needs none
+            Tokenizer(self.source.name).save(aside)
+        aside.rename(out / KEPT)
 
     def build(self, mesh: DeviceMesh, seq_len: int | None = None, *, weights: bool = True) -> nn.Module:
         """The model, laid out over the mesh and given segments, on the mesh's device.

@@ -147,7 +147,7 @@ class Trainer:
             "parameters": self.subject.parameters,
             "corpus": {"name": self.corpus.name, self.corpus.unit: len(self.corpus), "digest": self.corpus.digest},
             "skipped": self.stopping.skipped,
-        } | self.subject.to_state()  # fmt: skip
+        } | self.subject.to_state(self.out)  # fmt: skip
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -168,6 +168,7 @@ class Trainer:
         metrics = None
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
+            self.subject.keep_tokenizer(self.out)
             self._write_run({})
             metrics = MetricsWriter(self.out, last_step=self.done_steps)
         if config.train.log_samples:

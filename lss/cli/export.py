@@ -9,15 +9,15 @@ from pathlib import Path
 from lss.cli.verify import checkpoint_folder
 from lss.config.errors import refuse
 
-FORMATS = ("safetensors", "hf")
+FORMATS = ("safetensors", "hf", "adapter")
 
 
 def export(options: argparse.Namespace) -> int:
     """Verify a checkpoint, then write its weights: one safetensors file, or a folder that transformers loads."""
     if options.format not in FORMATS:
-        raise refuse("--format", options.format, f"use {' or '.join(FORMATS)}")
+        raise refuse("--format", options.format, f"use {', '.join(FORMATS)}")
     source, target = checkpoint_folder(options.checkpoint), Path(options.output)
-    return _folder(source, target) if options.format == "hf" else _file(source, target)
+    return _file(source, target) if options.format == "safetensors" else _folder(source, target, options.format == "adapter")
 
 
 def _file(source: Path, target: Path) -> int:
@@ -42,7 +42,7 @@ def _file(source: Path, target: Path) -> int:
     return 0
 
 
-def _folder(source: Path, target: Path) -> int:
+def _folder(source: Path, target: Path, adapters: bool) -> int:
     """Config, weights and tokenizer, as `save_pretrained` writes them."""
     from lss.checkpoint import read_weights, verify
     from lss.train.export import write_pretrained
@@ -54,7 +54,8 @@ def _folder(source: Path, target: Path) -> int:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        line = write_pretrained(checkpoint.read_state(), read_weights(checkpoint), aside, run=source.absolute().parents[1])
+        run, weights = source.absolute().parents[1], read_weights(checkpoint)
+        line = write_pretrained(checkpoint.read_state(), weights, aside, run, adapters=adapters)
         aside.rename(target)
     except OSError as error:
         raise refuse("-o", target, f"cannot be written ({error.strerror or error})") from error

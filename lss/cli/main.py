@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300, or a run's")
     export.add_argument("-o", "--output", required=True, metavar="FILE", help="the file to write, or the folder")
     export.add_argument("--format", default="safetensors",
-                        help="safetensors (default); hf: a folder that from_pretrained loads")  # fmt: skip
+                        help="safetensors (default); hf: a folder for from_pretrained; adapter: one for peft")  # fmt: skip
 
     verify = verbs.add_parser("verify", help="check every byte of a checkpoint")
     verify.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300, or a run's")

@@ -80,6 +80,7 @@ class Config:
             self._validate_hf()
         else:
             refuse_mismatch(self.model)
+        self._validate_lora()
         model, parallel, train = self.model, self.parallel, self.train
         if self.data.source == "bytes" and model.known and model.vocab_size < 256:
             fit = 'data.source="bytes" has ids up to 255; use 256 or more'
@@ -121,6 +122,15 @@ class Config:
         if data.reverse_complement and (data.packing or kind == "encoder_decoder"):
             fit = "data.packing=true" if data.packing else f'model.kind="{kind}"'
             raise refuse("data.reverse_complement", "true", f"not with {fit}; use false")
+
+    def _validate_lora(self) -> None:
+        model, plain = self.model, ModelConfig()
+        if model.lora_rank and not model.hf:
+            raise refuse("model.lora_rank", model.lora_rank, "adapters go into a model of transformers; give model.hf, or 0")
+        for key in ("lora_alpha", "lora_targets"):
+            value = getattr(model, key)
+            if not model.lora_rank and value != getattr(plain, key):
+                raise refuse(f"model.{key}", show(value), "with model.lora_rank=0 there are no adapters; give a rank")
 
     def _validate_hf(self) -> None:
         """Refuse what only the reference decoder has."""

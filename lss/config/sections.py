@@ -135,6 +135,11 @@ class ModelConfig:
     hf: str = _key("", str, "model of Hugging Face transformers, a folder or OWNER/NAME on the Hub, which brings its own "
                    "shape; empty: the reference decoder")  # fmt: skip
 
+    lora_rank: int = _key(0, int, "of hf: rank of adapters, which are then all that is trained; 0: all is", low=0)
+    lora_alpha: float = _key(16.0, float, "adapters are scaled by lora_alpha / lora_rank", low=0)
+    lora_targets: str = _key("", str, "names of modules that get adapters, q_proj,v_proj for one, or all-linear; empty: "
+                             "what peft takes for the class")  # fmt: skip
+
     @property
     def known(self) -> bool:
         """Whether the shape is known; that of `hf` is read when the model is looked for."""
@@ -302,7 +307,7 @@ def build_section(section: str, values: dict[str, Any]) -> Any:
 
 
 # what of [model] goes with `hf`
-HF_KEYS = ("hf",)
+HF_KEYS = ("hf", "lora_rank", "lora_alpha", "lora_targets")
 _UNREAD = dict.fromkeys(("d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp", "vocab_size"), 0)
 
 

@@ -17,6 +17,7 @@ def state_bytes(config: Config, parameters: int | None = None) -> int:
     A model is made whole on every rank before it is cut. `parameters`: of a model of transformers.
     """
     parallel, copies = config.parallel, 4 if config.optim.name == "adamw" else 2
+    copies = 1 if config.model.lora_rank else copies  # frozen weights have neither gradients nor state
     assert isinstance(parallel.cp, int)
     count = parameter_count(config.model, config.data.seq_len) if parameters is None else parameters
     whole = count * parameter_dtype(config.train.dtype).itemsize

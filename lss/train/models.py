@@ -18,6 +18,7 @@ from lss.checkpoint.files import hash_file
 from lss.config import Config
 from lss.config.errors import Refused, refuse
 from lss.data.tokenizer import Tokenizer
+from lss.integrations.hf.adapters import add_adapters
 from lss.integrations.hf.source import Source, dropout_rates, kept_source, open_source, with_shape
 from lss.model import Transformer
 from lss.model.size import parameter_count
@@ -51,7 +52,8 @@ class Subject:
     def matrix_parameters(self) -> int:
         """Parameters that stand in matrix products: all matrices but look-up tables."""
         if self.source is not None:
-            return self.source.matrix_parameters()
+            # a frozen weight takes two thirds of the work: it has no gradient of its own
+            return self.source.matrix_parameters() * (2 if self.config.model.lora_rank else 3) // 3
         with torch.device("meta"):
             return matrix_parameters(Transformer(self.config.model, self.config.data.seq_len))
 
@@ -65,8 +67,9 @@ class Subject:
         """The model in a line."""
         model, source = self.config.model, self.source
         name = model.preset if source is None else f"{source.name} ({source.cls.__name__})"
+        lora = f", adapters of rank {model.lora_rank} trained" if model.lora_rank else ""
         line = (f"{name}: {self.parameters:,} parameters, {model.n_layers} layers of {model.d_model}, "
-                f"{model.n_heads}/{model.n_kv_heads} heads")  # fmt: skip
+                f"{model.n_heads}/{model.n_kv_heads} heads{lora}")  # fmt: skip
         rates = {} if source is None else dropout_rates(source.config)
         return f"{line}; dropout of its config ({', '.join(rates)}) set to 0" if rates else line
 
@@ -96,6 +99,8 @@ class Subject:
         train, dtype = self.config.train, parameter_dtype(self.config.train.dtype)
         if self.source is not None:
             model = self.source.build(dtype=dtype, seed=train.seed, weights=weights)
+            if self.config.model.lora_rank:
+                model = add_adapters(model, self.config.model, train.seed)
             return lay_out(self.config, model.to(mesh.device_type).train(), mesh)
         model = Transformer(self.config.model, seq_len or self.config.data.seq_len, seed=train.seed)
         return lay_out(self.config, model.to(device=mesh.device_type, dtype=dtype), mesh)
@@ -117,7 +122,7 @@ def find_model(config: Config, out: Path | None = None) -> Subject:
         kept = state.get("hf", {})
         if newest is not None and not kept:
             raise refuse("model.hf", name, f"{out} holds a run of another model; choose another --out")
-    source = kept_source(kept, name) if kept else open_source(name)
+    source = kept_source(kept, name, weights=config.model.lora_rank > 0) if kept else open_source(name)
     return Subject(with_shape(config, source), source)
 
 

@@ -52,3 +52,27 @@ def train_hf(ranks: int, folder: str, out: str, overrides: list[str], stop_after
         trainer.finish_saves()
     weights = {name: tensor.clone() for name, tensor in full_state_dict(trainer.model).items()}
     return {"losses": losses, "from": began, "eval": last.get("eval_loss"), "weights": weights}
+
+
+def adapter_parity(cp: int, name: str):
+    """(worst error of an adapter's gradient against one process, parameter, how many are trained)."""
+    import lss
+    from lss.config import ModelConfig
+    from lss.integrations.hf.adapters import add_adapters
+    from tests.integrations.hf_cases import batch, gradients, reference, worst
+
+    settings = ModelConfig(hf="x", lora_rank=3, lora_targets="all-linear")
+    models = [add_adapters(build(name), settings, seed=1) for _ in range(2)]
+    for model in models:
+        draw = torch.Generator().manual_seed(2)
+        with torch.no_grad():  # B starts at 0, and A then gets no gradient
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype))
+    inputs = batch("padded", 37, True)
+    model = lss.parallelize(models[0], mesh(cp))
+    model(**inputs).loss.backward()
+    _, expected = reference(models[1], inputs, True)
+    expected = {key: value for key, value in expected.items() if value is not None}
+    assert all("lora_" in key for key in expected)
+    return *worst(gradients(model), expected), len(expected)

@@ -141,8 +141,13 @@ def open_source(name: str, setting: str = "model.hf") -> Source:
     return _source(transformers, name, setting, config, weights)
 
 
-def kept_source(state: Mapping[str, Any], name: str, setting: str = "model.hf") -> Source:
-    """The model that a checkpoint kept by `Source.to_state`; its weights are the checkpoint's.
+def kept_source(
+    state: Mapping[str, Any], name: str, setting: str = "model.hf", *, weights: bool = False
+) -> Source:
+    """The model that a checkpoint kept by `Source.to_state`.
+
+    Args:
+        weights: its own weights are needed, so that `name` must still be there; else the checkpoint has them.
 
     Raises:
         Refused: what was kept makes no model of the transformers that is installed.
@@ -157,7 +162,7 @@ def kept_source(state: Mapping[str, Any], name: str, setting: str = "model.hf") 
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise _cannot_load(setting, name, error) from None
     made.architectures = [state.get("class")]
-    return _source(transformers, name, setting, made, None)
+    return _source(transformers, name, setting, made, open_source(name, setting).place if weights else None)
 
 
 def _source(transformers: Any, name: str, setting: str, config: Any, place: str | None) -> Source:

@@ -81,7 +81,7 @@ def refuse_data(config: Config, scan: bool = True, out: Path | None = None) -> N
     Raises:
         Refused: by file and byte, or the split and the length that would fit.
     """
-    from lss.data import EvalLoader, Loader, TokenCorpus, open_corpus
+    from lss.data import EvalLoader, Loader, open_corpus
     from lss.data.prepare import is_prepared
     from lss.data.sources import find_files
     from lss.segment import make_segment
@@ -95,14 +95,15 @@ def refuse_data(config: Config, scan: bool = True, out: Path | None = None) -> N
     training, held_out = corpus.split(config.data.held_out)
     assert isinstance(parallel.cp, int)
     if not config.data.packing:
-        training.samples(config.data.seq_len)  # before anything of the sequence's length is made
+        for part, _ in training.split_parts():
+            part.samples(config.data.seq_len)  # before anything of the sequence's length is made
     segment = make_segment(config.data.seq_len, cp=parallel.cp, rank=0, order=parallel.order)
     shared = {"seq_len": config.data.seq_len, "dp": parallel.dp, "dp_rank": 0, "segment": segment}
     kind = loader_kind(config, None)
     Loader(training, batch_size=train.batch_size, accumulate=train.accumulate, seed=train.seed, **shared, **kind)
     if train.eval_every:
         EvalLoader(held_out, samples=train.eval_samples, rows_per_batch=1, **shared, **kind)
-    if scan and isinstance(corpus, TokenCorpus):
+    if scan:
         environment = rank_environment()
         corpus.scan(*((environment.local_rank, environment.local_world_size) if environment else (0, 1)))
 

@@ -117,6 +117,12 @@ class Config:
             raise refuse("data.path", "''", fit)
         if data.source == "text" and not self.model.hf:
             raise refuse("data.source", '"text"', 'a tokenizer comes with model.hf; use "bytes", or lss data tokenize')
+        if data.weights and data.source not in ("bytes", "tokens"):
+            fit = f'data.source="{data.source}" is one corpus; make token files by lss data tokenize and give "tokens"'
+            raise refuse("data.weights", show(data.weights), fit)
+        if data.weights and (len(data.paths) != len(data.weights) or not all(data.paths)):
+            fit = f"data.path={show(data.path)} names {len(data.paths)} corpora, with ; between; give each a weight"
+            raise refuse("data.weights", show(data.weights), fit)
         if data.reverse_complement and data.source not in ("tokens", "fasta"):
             raise refuse("data.reverse_complement", "true", f'data.source="{data.source}" has no strands; use false')
         if data.reverse_complement and (data.packing or kind == "encoder_decoder"):

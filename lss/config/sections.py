@@ -209,6 +209,8 @@ class DataConfig:
                        choices=("bytes", "tokens", "text", "fasta"))  # fmt: skip
     token_bytes: int = _key(2, int, "bytes of an id in a .bin file, 2 or 4; a .npy file says its own", low=2, high=4)
     path: str = _key("", str, "file, folder or glob; empty: for bytes the running Python's standard-library sources")
+    weights: tuple[int, ...] = _key((), list, "of several corpora, whose paths stand in path with ; between: how many "
+                                    "samples of each come for those of the others; none: one corpus", low=1)  # fmt: skip
     seq_len: int = _key(512, int, "S, labels per sequence; S+1 tokens are read", low=1)
     packing: bool = _key(False, bool, "each file is a document; documents, or pieces of longer ones, are packed into "
                          "sequences and see only themselves")  # fmt: skip
@@ -218,6 +220,11 @@ class DataConfig:
     reverse_complement: bool = _key(False, bool, "of nucleotides: every second sequence, drawn by seed and sample, is read "
                                     "from the other strand")  # fmt: skip
     held_out: float = _key(0.05, float, "fraction of the corpus, at its end, kept for evaluation", low=1e-6, high=0.5)
+
+    @property
+    def paths(self) -> list[str]:
+        """The corpora that `weights` weigh."""
+        return [path.strip() for path in self.path.split(";")]
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lss.config import Config
 from lss.config.errors import Refused, refuse
+from lss.data.mixture import MixedCorpus
 from lss.data.prepare import FOLDER, PREPARED
 from lss.data.sources import ByteCorpus, Corpus
 from lss.data.tokenizer import NUCLEOTIDE
 from lss.data.tokens import TokenCorpus
 
 
-def open_corpus(config: Config, out: Path | None = None) -> Corpus:
-    """The config's corpus. Token ids are not read yet: `TokenCorpus.scan` does.
+def open_corpus(config: Config, out: Path | None = None) -> Corpus | MixedCorpus:
+    """The config's corpus, or its corpora with `data.weights`. Token ids are not read yet: `TokenCorpus.scan` does.
 
     Args:
         out: the run's folder, where `lss.data.prepare` has put the tokens of text and genomes.
@@ -22,6 +24,10 @@ def open_corpus(config: Config, out: Path | None = None) -> Corpus:
         Refused: no files, or files that do not fit `data.source`.
     """
     data = config.data
+    if data.weights:
+        alone = [replace(config, data=replace(data, path=path, weights=())) for path in data.paths]
+        corpora = [corpus for one in alone if isinstance(corpus := open_corpus(one), Corpus)]
+        return MixedCorpus(corpora, data.weights)
     if data.source == "bytes":
         return ByteCorpus(data.path)
     if data.source in PREPARED and out is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypedDict
 
 import numpy as np
 import torch
 
 from lss.config.errors import refuse
-from lss.data.packing import pack
+from lss.data.packing import join, pack
 from lss.data.permutation import hashes
 from lss.data.sources import Split
 from lss.data.tokenizer import COMPLEMENT
@@ -125,11 +126,17 @@ class Reader:
             assert source_segment is not None, "a source needs its segment"
             assert source_segment.seq_len == -(-seq_len // source_every), (source_segment.seq_len, seq_len, source_every)
         self._ahead = 0 if mask_rate else 1  # a masked token is its own label
-        self.documents, self.packed = None, None
+        self.documents, self.packed, parts = None, None, split.split_parts()
         if packing:
-            self.documents = _documents(split, 1 + self._ahead)
-            self.packed = pack(self.documents[:, 1] - self.documents[:, 0], seq_len, seed)
-        self.samples = split.samples(seq_len, self._ahead) if self.packed is None else len(self.packed)
+            found = [_documents(part, 1 + self._ahead) for part, _ in parts]
+            self.documents = np.concatenate([part + start for part, (_, start) in zip(found, parts, strict=True)])
+            packs = [pack(part[:, 1] - part[:, 0], seq_len, seed) for part in found]
+            self.packed = join(packs, [len(part) for part in found])
+            self.counts = [len(packed) for packed in packs]
+        else:
+            self.counts = [part.samples(seq_len, self._ahead) for part, _ in parts]
+        self.samples, self._parts = sum(self.counts), [start for _, start in parts]
+        self._edges = [0, *accumulate(self.counts)]
         self.bytes_read = 0
 
     def rows(self, samples: Sequence[int | None], slots: Sequence[int], first_id: int = 0) -> Batch:
@@ -168,7 +175,7 @@ class Reader:
         if sample is None:
             return tokens, labels
         turned = self.reverse_complement and bool(hashes(self.seed + 1, np.zeros(1, np.int64), number)[0] >> np.uint64(63))
-        first = sample * self.seq_len
+        first = self._first(sample)
         for local, start, stop, end in self._runs(sample, segment):
             if turned:  # item i of the sample is its item S - i from the other strand
                 last = 2 * first + self.seq_len + self._ahead
@@ -189,10 +196,15 @@ class Reader:
         labels[positions < self.prefix - 1] = IGNORE_INDEX
         return tokens, labels
 
+    def _first(self, sample: int) -> int:
+        """Where a sample that is not packed begins in the split."""
+        part = bisect_right(self._edges, sample) - 1
+        return self._parts[part] + (sample - self._edges[part]) * self.seq_len
+
     def _runs(self, sample: int, segment: Segment) -> Iterator[tuple[int, int, int, int]]:
         """This rank's bytes: (local place, start, stop, end) with [start, stop) in the split, labels from before end."""
         if self.packed is None or self.documents is None:
-            first = sample * self.seq_len
+            first = self._first(sample)
             for local, _, start, stop in segment.local_runs:
                 yield local, first + start, first + stop, first + self.seq_len + self._ahead
             return
@@ -217,7 +229,7 @@ class Reader:
             if sample is None:
                 continue
             for local, local_stop, start, stop in segment.local_runs:
-                first, last = (sample * self.seq_len + place * every for place in (start, stop - 1))
+                first, last = (self._first(sample) + place * every for place in (start, stop - 1))
                 source[row, local:local_stop] = self._read(first, last + 1)[::every]
         return torch.from_numpy(source)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lss.config.errors import Refused, refuse
+from lss.data.permutation import permute
 
 # Folders of the standard library that hold no library source: installed packages, tests, caches.
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
@@ -109,6 +110,9 @@ class Corpus:
             reason = error.strerror or error
             raise Refused(f"{piece.file}: cannot be read any more ({reason}); restore it or start a new run.") from None
 
+    def scan(self, part: int = 0, parts: int = 1) -> None:
+        """Read what might be refused, or a share of it; of bytes there is nothing."""
+
     def document_ends(self) -> np.ndarray:
         """int64, where each document ends in the row of all items: each file is one."""
         return np.asarray(self._ends, np.int64)
@@ -168,6 +172,15 @@ class Split:
         ends = self.corpus.document_ends()
         spans = np.stack((np.concatenate(([0], ends[:-1])), ends), axis=1).clip(self.start, self.stop) - self.start
         return spans[spans[:, 1] > spans[:, 0]]
+
+    def split_parts(self) -> list[tuple[Split, int]]:
+        """(part, where it begins): samples do not reach from one into the next; here one part, from 0."""
+        return [(self, 0)]
+
+    def draw(self, number: int, samples: Sequence[int], seed: int) -> int:
+        """The sample of number `number` in the order of all epochs, each a permutation of the `samples` there are."""
+        epoch, place = divmod(number, samples[0])
+        return permute(place, samples[0], seed, epoch)
 
     def samples(self, seq_len: int, ahead: int = 1) -> int:
         """How many sequences of `seq_len` tokens this part holds, with `ahead` items after the last; refuses 0."""

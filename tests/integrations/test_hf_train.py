@@ -74,3 +74,13 @@ def test_a_resume_goes_on_to_the_bit_without_the_models_folder(tmp_path, name):
         for key, weight in straight[0]["weights"].items():
             assert (resumed[0]["weights"][key] - weight).norm() <= (0 if ranks == 2 else 1e-9) * weight.norm()
     assert verify(tmp_path / "broken-4" / "checkpoints" / "step_6").read_state()["hf"]["class"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_bfloat16_trains_close_to_float32(tmp_path, name):
+    folder, path = saved(tmp_path, name)
+    losses = [pool(2).run(train_hf, 2, folder, str(tmp_path / dtype), [path, "train.steps=8", f"train.dtype={dtype}"])
+              for dtype in ("bfloat16", "float32")]  # fmt: skip
+    assert losses[0][0]["losses"] == pytest.approx(losses[1][0]["losses"], rel=0.02)
+    assert losses[0][0]["losses"] != losses[1][0]["losses"]
+    assert losses[0][0]["losses"] == losses[0][1]["losses"]

@@ -131,6 +131,11 @@ class Config:
 
     def _validate_lora(self) -> None:
         model, plain = self.model, ModelConfig()
+        if model.rope_scaling != "none" and not model.hf:
+            raise refuse("model.rope_scaling", show(model.rope_scaling), 'it is for model.hf; use "none"')
+        if (model.rope_scaling == "none") != (model.rope_factor == 1.0):
+            fit = "above 1 it goes with model.rope_scaling, and 1 with none"
+            raise refuse("model.rope_factor", model.rope_factor, f"model.rope_scaling={show(model.rope_scaling)}: {fit}")
         if model.lora_rank and not model.hf:
             raise refuse("model.lora_rank", model.lora_rank, "adapters go into a model of transformers; give model.hf, or 0")
         for key in ("lora_alpha", "lora_targets"):

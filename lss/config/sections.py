@@ -140,6 +140,10 @@ class ModelConfig:
     lora_targets: str = _key("", str, "names of modules that get adapters, q_proj,v_proj for one, or all-linear; empty: "
                              "what peft takes for the class")  # fmt: skip
 
+    rope_scaling: str = _key("none", str, "of hf: how rotary positions are stretched for longer sequences than it was made "
+                             "for; none: as it has them", choices=("none", "linear", "dynamic", "yarn"))  # fmt: skip
+    rope_factor: float = _key(1.0, float, "of hf: times as long, with rope_scaling", low=1)
+
     @property
     def known(self) -> bool:
         """Whether the shape is known; that of `hf` is read when the model is looked for."""
@@ -314,7 +318,7 @@ def build_section(section: str, values: dict[str, Any]) -> Any:
 
 
 # what of [model] goes with `hf`
-HF_KEYS = ("hf", "lora_rank", "lora_alpha", "lora_targets")
+HF_KEYS = ("hf", "lora_rank", "lora_alpha", "lora_targets", "rope_scaling", "rope_factor")
 _UNREAD = dict.fromkeys(("d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp", "vocab_size"), 0)
 
 

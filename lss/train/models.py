@@ -19,7 +19,7 @@ from lss.config import Config
 from lss.config.errors import Refused, refuse
 from lss.data.tokenizer import Tokenizer
 from lss.integrations.hf.adapters import add_adapters
-from lss.integrations.hf.source import Source, dropout_rates, kept_source, open_source, with_shape
+from lss.integrations.hf.source import Source, dropout_rates, kept_source, open_source, with_rope_scaling, with_shape
 from lss.model import Transformer
 from lss.model.size import parameter_count
 from lss.parallel import parallelize
@@ -122,7 +122,11 @@ def find_model(config: Config, out: Path | None = None) -> Subject:
         kept = state.get("hf", {})
         if newest is not None and not kept:
             raise refuse("model.hf", name, f"{out} holds a run of another model; choose another --out")
-    source = kept_source(kept, name, weights=config.model.lora_rank > 0) if kept else open_source(name)
+    model = config.model
+    if kept:  # its config has been stretched already
+        source = kept_source(kept, name, weights=model.lora_rank > 0)
+    else:
+        source = with_rope_scaling(open_source(name), model.rope_scaling, model.rope_factor)
     return Subject(with_shape(config, source), source)
 
 

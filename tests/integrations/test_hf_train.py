@@ -84,3 +84,47 @@ def test_bfloat16_trains_close_to_float32(tmp_path, name):
     assert losses[0][0]["losses"] == pytest.approx(losses[1][0]["losses"], rel=0.02)
     assert losses[0][0]["losses"] != losses[1][0]["losses"]
     assert losses[0][0]["losses"] == losses[0][1]["losses"]
+
+
+def stretched(folder, kind, out=None):
+    """What a run makes of the model's config, and the logits of its model against those of transformers' own."""
+    from lss.config import load_config
+    from lss.train.models import find_model
+    from tests.integrations.hf_cases import build
+
+    overrides = [f"model.hf={folder}", "data.source=tokens", "data.path=x", f"model.rope_scaling={kind}",
+                 "model.rope_factor=4", "data.seq_len=300"]  # fmt: skip
+    source = find_model(load_config(None, overrides)).source
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    settings = {"rope_parameters": rope, "max_position_embeddings": 128 if kind == "dynamic" else 512}
+    ids = torch.arange(300)[None] % 96
+    ours = source.build(dtype=torch.float64).eval()(ids).logits
+    theirs = build("llama", torch.float32, **settings).double().eval()(ids).logits
+    return float((ours - theirs).abs().max()), source.config.to_dict()
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic"])
+def test_rotary_positions_are_stretched_as_transformers_does(tmp_path, kind):
+    folder, path = saved(tmp_path, "llama")
+    ((error, config),) = pool(1).run(stretched, folder, kind)
+    assert error < 1e-12
+    assert config["rope_parameters"]["rope_type"] == kind
+    options = [path, "train.steps=3", "data.seq_len=200", "model.rope_factor=4", f"model.rope_scaling={kind}"]
+    (one,) = pool(1).run(train_hf, 1, folder, str(tmp_path / "one"), options)
+    outcomes = pool(2).outcomes(train_hf, 2, folder, str(tmp_path / "two"), options)
+    if kind == "dynamic":  # its frequencies depend on the longest position at hand, beyond the model's own length
+        assert all("rope_type=dynamic" in outcome[1] for _, outcome in outcomes)
+        return
+    for ok, result in outcomes:
+        assert ok, result
+        assert result["losses"] == pytest.approx(one["losses"], rel=1e-11)
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (["model.rope_scaling=yarn"], "model.rope_factor=1.0"), (["model.rope_factor=2"], "model.rope_factor=2.0"),
+])  # fmt: skip
+def test_a_stretch_without_its_other_half_is_refused(overrides, words):
+    from lss.config import Refused, load_config
+
+    with pytest.raises(Refused, match=words):
+        load_config(None, ["model.hf=x", "data.source=tokens", "data.path=x", *overrides])

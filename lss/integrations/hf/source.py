@@ -192,6 +192,31 @@ def with_shape(config: Config, source: Source) -> Config:
     return config
 
 
+def with_rope_scaling(source: Source, kind: str, factor: float) -> Source:
+    """The source with its rotary positions stretched, by transformers' own formulas, to `factor` times its length.
+
+    Raises:
+        Refused: it has no rotary positions, several kinds of them, or stretched ones already.
+    """
+    if kind == "none":
+        return source
+    config = copy.deepcopy(source.config)
+    text = config.get_text_config()
+    rope, length = getattr(text, "rope_parameters", None), getattr(text, "max_position_embeddings", None)
+    if not isinstance(rope, dict) or "rope_theta" not in rope or not length:
+        why = "it has no rotary positions, or other ones by layer"
+        raise refuse("model.rope_scaling", repr(kind), f"{source.cls.__name__}: {why}; use \"none\"")
+    if rope.get("rope_type", "default") != "default":
+        fit = f"its rotary positions are of the kind {rope['rope_type']} already; use \"none\", or change its config"
+        raise refuse("model.rope_scaling", repr(kind), f"{source.cls.__name__}: {fit}")
+    text.rope_parameters = rope | {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        text.rope_parameters["original_max_position_embeddings"] = length
+    # the dynamic kind stretches from max_position_embeddings on by itself
+    text.max_position_embeddings = length if kind == "dynamic" else int(length * factor)
+    return replace(source, config=config)
+
+
 def without_dropout(config: Any) -> Any:
     """A copy of a transformers config with all rates of dropout 0."""
     config = copy.deepcopy(config)

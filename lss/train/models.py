@@ -81,7 +81,7 @@ class Subject:
         return {"hf": self.source.to_state() | {"tokenizer": {file.name: hash_file(file) for file in files}}}
 
     def keep_tokenizer(self, out: Path) -> None:
-        """Put the files of the model's tokenizer, where it has one, into the run's folder; once."""
+        """Put the files of the model's tokenizer, and how it generates, where it has them, into the run's folder; once."""
         if self.source is None or (out / KEPT).exists():
             return
         aside = out / f".{KEPT}.writing"
@@ -89,6 +89,7 @@ class Subject:
         aside.mkdir(parents=True)
         with suppress(Refused):  # a run on token files needs none
             Tokenizer(self.source.name).save(aside)
+        self.source.save_generation(aside)
         aside.rename(out / KEPT)
 
     def build(self, mesh: DeviceMesh, seq_len: int | None = None, *, weights: bool = True) -> nn.Module:

@@ -99,8 +99,8 @@ class Trainer:
         if self.mesh.get_rank() == 0:
             try:
                 prepare(self.config, self.out)
-            except Refused as refusal:
-                reason = str(refusal)
+            except (Refused, Failed) as error:  # the others wait, and must hear of it
+                reason = str(error)
         reason = talk.gather(reason)[0]
         if reason:
             raise Refused(reason)

@@ -177,7 +177,7 @@ def test_what_is_no_genome_is_refused(tmp_path, content, words):
 def test_a_changed_folder_is_noticed(tmp_path, fast, texts):
     out = tmp_path / "out"
     tokenize([str(texts)], Recipe(fast[0]), out, processes=1)
-    with pytest.raises(Refused, match="290 ids|ids, and the model has 100"):
+    with pytest.raises(Refused, match=r"of \d+ ids, and the model has 100"):
         TokenCorpus(str(out), 100)
     raw = bytearray((out / "part-00000.bin").read_bytes())
     raw[40] ^= 1

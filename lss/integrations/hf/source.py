@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -107,6 +108,13 @@ class Source:
             "vocab_size": text.vocab_size,
             "windows": _windows(text),
         }
+
+    def save_generation(self, folder: Path) -> None:
+        """Write its settings of generation into a folder, where it has any."""
+        from transformers import GenerationConfig
+
+        with suppress(OSError, ValueError):
+            GenerationConfig.from_pretrained(self.name).save_pretrained(folder)
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, as JSON: enough to build it without its folder or the Hub."""

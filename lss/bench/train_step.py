@@ -31,9 +31,9 @@ from lss.model import ModelOps, Transformer
 from lss.parallel import clip_grad_norm_, layout_of
 from lss.parallel.activation import make_pieces, softmax_of
 from lss.segment import make_segment
+from lss.train.models import build_model, matrix_parameters
 from lss.train.optim import build_optimizer
 from lss.train.steps import accumulate_gradients, autocast, model_inputs, parameter_dtype
-from lss.train.trainer import build_model, matrix_parameters
 
 PLAIN = "plain"
 # Largest relative difference of a loss after updates from the first variant's.
@@ -86,6 +86,8 @@ def plan_configs(
             extra = variant.split()
             longer = [f"data.seq_len={length}"] if length else []
             config = load_config(path, [*overrides, *longer, *extra]).resolved(ranks)
+            if config.model.hf:
+                raise refuse("model.hf", config.model.hf, "lss train takes it; a bench times the reference decoder")
             if config.model.kind != "decoder":
                 raise refuse("model.kind", f'"{config.model.kind}"', 'the bench makes random text; use "decoder"')
             if config.data.packing:

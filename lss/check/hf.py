@@ -18,7 +18,7 @@ from lss.check.probes import Probe
 from lss.comm import Communicator, communicator, count_collectives
 from lss.config import Config
 from lss.config.errors import refuse
-from lss.integrations.hf.load import load_hf
+from lss.integrations.hf.source import open_source
 from lss.mesh import axis_group
 from lss.parallel import parallelize
 from lss.parallel.hf import HFLayout
@@ -37,7 +37,7 @@ def check_hf(source: str, config: Config, mesh: DeviceMesh) -> CheckResult:
     Every rank must call; every rank gets the same verdict. The first rank computes the one-process side.
 
     Args:
-        source: as `load_hf` takes it. Dropout is set to 0.
+        source: as `open_source` takes it. Dropout is set to 0.
         config: `parallel`, `data.seq_len`, `train.dtype` ("float64" or "float32") and `train.seed` are read; with
             `data.path`, a text that the model's own tokenizer makes tokens of, else tokens are drawn.
     """
@@ -102,7 +102,8 @@ def _maker(source: str, config: Config, device: str) -> Callable[[], Any]:
     """A function that loads the model, set to transformers' own attention of the plainest kind that it has."""
 
     def make() -> Any:
-        model = load_hf(source, dtype=DTYPES[config.train.dtype], seed=config.train.seed).to(device).eval()
+        built = open_source(source, "--hf").build(dtype=DTYPES[config.train.dtype], seed=config.train.seed)
+        model = built.to(device).eval()
         text = model.config.get_text_config()
         # sdpa drops soft-caps without a word; eager rounds its softmax to float32, so that it is second choice
         capped = getattr(text, "attn_logit_softcapping", None)

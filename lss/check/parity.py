@@ -27,6 +27,7 @@ from lss.mesh import axis_group
 from lss.model import Transformer
 from lss.parallel import Layout, layout_of
 from lss.parallel.fsdp import local_part
+from lss.train.models import build_model
 from lss.train.steps import (
     accumulate_gradients,
     autocast,
@@ -35,7 +36,6 @@ from lss.train.steps import (
     parameter_dtype,
     segment_of,
 )
-from lss.train.trainer import build_model
 
 # Largest relative error of a parameter's gradient, and of the loss.
 BOUNDS = {"float64": 1e-12, "float32": 2e-6}

@@ -21,8 +21,8 @@ from lss.data.reader import Batch
 from lss.mesh import axis_group
 from lss.segment import Segment, make_segment
 from lss.segment.documents import area_before
+from lss.train.models import build_model
 from lss.train.steps import autocast, model_inputs
-from lss.train.trainer import build_model
 
 
 @dataclass(frozen=True)

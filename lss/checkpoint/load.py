@@ -67,7 +67,8 @@ def load_checkpoint(
     state, path = checkpoint.read_state(), checkpoint.path
     if state["optimizer"] != type(optimizer).__name__:
         raise refuse("optim.name", type(optimizer).__name__.lower(), f"{path} was saved with {state['optimizer'].lower()}")
-    weights, parameters = checkpoint.tensors("weights"), dict(model.named_parameters())
+    weights = checkpoint.tensors("weights")
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if parameters.keys() != weights.keys():
         odd = sorted(parameters.keys() ^ weights.keys())[0]
         raise Refused(f"{path}: its parameters are not this model's; {odd} is in one of them only.")

@@ -130,7 +130,7 @@ class Saver:
     # -- what is saved -----------------------------------------------------------------------------------------------
 
     def _collect(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> _Job:
-        parameters = list(model.named_parameters())
+        parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         shares = written_pieces(parameters, self._layout, self._control.rank)
         job, scalars = _Job(step, {k: {} for k in KINDS}, {k: {} for k in KINDS}, state), {}
         for name, parameter in parameters:

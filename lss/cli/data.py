@@ -3,29 +3,68 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from lss.config.errors import refuse
 
 
 def data(options: argparse.Namespace) -> int:
-    """Fetch a corpus, or describe one."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
+    """Fetch a corpus, make tokens of one, or describe one."""
     if options.action == "fetch":
         from lss.data.fetch import fetch
 
-        console.print(f"{fetch(options.name, Path(options.to))}: complete, SHA-256 as expected")
+        print(f"{fetch(options.name, Path(options.to))}: complete, SHA-256 as expected")
         return 0
-    from lss.data.info import describe
+    return _tokenize(options) if options.action == "tokenize" else _info(options)
+
+
+def _tokenize(options: argparse.Namespace) -> int:
+    from lss.data.tokenize import Recipe, tokenize
+
+    field = options.field or ("messages" if options.chat else "text")
+    recipe = Recipe(options.tokenizer, options.format, field, options.chat)
+    out = Path(options.output)
+    index = tokenize(options.inputs, recipe, out, processes=options.processes, progress=show_progress("tokenising"))
+    print(f"{out}: {index['tokens']:,} tokens of {index['documents']:,} documents in {index['inputs']:,} files; "
+          f"lss train data.source=tokens data.path={out}")  # fmt: skip
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from lss.data.info import describe, describe_tokens, is_tokens
     from lss.data.sources import ByteCorpus
 
     if options.seq_len < 1:
         raise refuse("--seq-len", options.seq_len, "give a whole number of tokens, 1 or more")
+    if options.path and is_tokens(options.path):
+        facts = describe_tokens(options.path, options.seq_len, options.token_bytes)
+    else:
+        facts = describe(ByteCorpus(options.path), options.seq_len)
     table = Table("fact", "value", title="data")
-    for name, value in describe(ByteCorpus(options.path), options.seq_len).items():
+    for name, value in facts.items():
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-    console.print(table, markup=False)
+    Console().print(table, markup=False)
     return 0
+
+
+def show_progress(what: str) -> Callable[[int, int], None]:
+    """A bar on a terminal, lines elsewhere: to be called with (bytes done, bytes in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    task = progress.add_task(what, total=None)
+
+    def show(done: int, total: int) -> None:
+        progress.start()
+        progress.update(task, completed=done, total=total)
+        if done >= total:
+            progress.stop()
+
+    return show

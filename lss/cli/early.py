@@ -7,15 +7,22 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lss.config import Config
 from lss.config.errors import Refused, refuse
 from lss.environment import rank_environment
 from lss.mesh import pick_device_type
 
+if TYPE_CHECKING:
+    from lss.integrations.hf.source import Source
 
-def refuse_options(config: Config, nproc: int | None) -> None:
+
+def refuse_options(config: Config, nproc: int | None, source: Source | None = None) -> None:
     """Refuse what this machine cannot hold, and a kernel that it cannot run; of GPUs the ranks say it, not their launcher.
+
+    Args:
+        source: the model of transformers that `config` has the shape of.
 
     Raises:
         Refused: in the words of `refuse_too_large` and `pick_kernel`.
@@ -32,9 +39,10 @@ def refuse_options(config: Config, nproc: int | None) -> None:
     here = environment.local_world_size if environment else nproc or 1
     device_type = pick_device_type(here)
     if device_type == "cpu" or environment or here == 1:
-        refuse_too_large(config, device_type, here)
+        parameters = None if source is None else sum(shape.numel() for shape in source.parameters().values())
+        refuse_too_large(config, device_type, here, parameters)
         # attention would say it of its first queries, in step 1
-        head_size = config.model.d_model // config.model.n_heads
+        head_size = config.model.d_model // config.model.n_heads if source is None else source.head_size()
         queries = torch.empty(1, 1, 1, head_size, dtype=DTYPES[config.train.dtype], device=device_type)
         pick_kernel(config.parallel.kernel, queries)
 
@@ -68,29 +76,37 @@ def refuse_folder(out: Path | str) -> None:
         raise refuse("--out", _shown(out), "not the name of a folder; give one") from None
 
 
-def refuse_data(config: Config, scan: bool = True) -> None:
+def refuse_data(config: Config, scan: bool = True, out: Path | None = None) -> None:
     """Refuse data that the config cannot be trained on. `scan`: read all token ids, each rank of a host its share.
+
+    Text and genomes are looked at once their tokens are in the run's folder `out`.
 
     Raises:
         Refused: by file and byte, or the split and the length that would fit.
     """
-    from lss.data import EvalLoader, Loader, TokenCorpus, open_corpus
+    from lss.data import EvalLoader, Loader, open_corpus
+    from lss.data.prepare import is_prepared
+    from lss.data.sources import find_files
     from lss.segment import make_segment
     from lss.train.steps import loader_kind
 
     train, parallel = config.train, config.parallel
-    corpus = open_corpus(config)
+    if out is not None and not is_prepared(config, out):
+        find_files(config.data.path)
+        return
+    corpus = open_corpus(config, out)
     training, held_out = corpus.split(config.data.held_out)
     assert isinstance(parallel.cp, int)
     if not config.data.packing:
-        training.samples(config.data.seq_len)  # before anything of the sequence's length is made
+        for part, _ in training.split_parts():
+            part.samples(config.data.seq_len)  # before anything of the sequence's length is made
     segment = make_segment(config.data.seq_len, cp=parallel.cp, rank=0, order=parallel.order)
     shared = {"seq_len": config.data.seq_len, "dp": parallel.dp, "dp_rank": 0, "segment": segment}
     kind = loader_kind(config, None)
     Loader(training, batch_size=train.batch_size, accumulate=train.accumulate, seed=train.seed, **shared, **kind)
     if train.eval_every:
         EvalLoader(held_out, samples=train.eval_samples, rows_per_batch=1, **shared, **kind)
-    if scan and isinstance(corpus, TokenCorpus):
+    if scan:
         environment = rank_environment()
         corpus.scan(*((environment.local_rank, environment.local_world_size) if environment else (0, 1)))
 
@@ -103,9 +119,11 @@ def _shown(text: object) -> str:
 def warn_of_memory(config: Config) -> None:
     """Say on the first rank, in one sentence, that a step will hardly fit into the memory that is free now.
 
-    Raises nothing: what cannot be estimated is tried.
+    Raises nothing: what cannot be estimated is tried. A model of transformers is not estimated.
     """
     environment = rank_environment()
+    if config.model.hf:
+        return
     if environment is not None and environment.rank:
         return
     import torch

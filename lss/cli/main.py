@@ -26,6 +26,7 @@ RANGES = {
     "--batch": (1, LARGEST),
     "--repeat": (1, 1 << 20),
     "--seconds": (0, 86400),
+    "--processes": (1, 1024),
     "--check-upto": (0, LARGEST),
     "--memory": (1e-6, 1 << 20),
     "--granule": (1, LARGEST),
@@ -73,11 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
     info = actions.add_parser("info", help="counts and a sample of a file, folder or glob")
     info.add_argument("path", nargs="?", default="", help="default: the running Python's standard library sources")
     info.add_argument("--seq-len", type=int, default=512, metavar="S", help="sequence length (default 512)")
+    info.add_argument("--token-bytes", type=int, default=2, choices=(2, 4), help="of an id in .bin files (default 2)")
+    _tokenize_arguments(actions.add_parser("tokenize", help="make token files of text, JSON lines, Parquet or genomes"))
 
-    export = verbs.add_parser("export", help="write a checkpoint's weights as one safetensors file")
-    export.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300")
-    export.add_argument("-o", "--output", required=True, metavar="FILE", help="the safetensors file to write")
-    export.add_argument("--format", default="safetensors", help="safetensors")
+    export = verbs.add_parser("export", help="write a checkpoint's weights as one safetensors file, or for transformers")
+    export.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300, or a run's")
+    export.add_argument("-o", "--output", required=True, metavar="FILE", help="the file to write, or the folder")
+    export.add_argument("--format", default="safetensors",
+                        help="safetensors (default); hf: a folder for from_pretrained; adapter: one for peft")  # fmt: skip
 
     verify = verbs.add_parser("verify", help="check every byte of a checkpoint")
     verify.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300, or a run's")
@@ -86,6 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("folders", nargs="+", metavar="DIR", help="run folders")
     report.add_argument("-o", "--output", metavar="FILE", help="default DIR/report.html of the first")
     return parser
+
+
+def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs")
+    parser.add_argument("--tokenizer", required=True, metavar="NAME",
+                        help="a folder or OWNER/NAME of a Hugging Face tokenizer, or nucleotide")  # fmt: skip
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the token files")
+    parser.add_argument("--format", default="auto", help="auto (by the files' names), text, jsonl, parquet or fasta")
+    parser.add_argument("--field", default="", metavar="NAME", help="a record's text (default text, with --chat messages)")
+    parser.add_argument("--chat", action="store_true",
+                        help="records are conversations, or prompt and completion; only answers are trained on")  # fmt: skip
+    parser.add_argument("--processes", type=int, default=None, metavar="N", help="default: one a core")
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -47,9 +47,12 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
         return launch_local(nproc, without_launcher(arguments), signals)
 
 
-def read_config(path: str | None, overrides: Sequence[str], ranks: int) -> Config:
-    """Load and validate the config for this many ranks."""
-    return load_config(path, overrides).resolved(ranks)
+def read_config(path: str | None, overrides: Sequence[str], ranks: int, *, hf: bool = False) -> Config:
+    """Load and validate the config for this many ranks; `hf`: a model of transformers is taken too."""
+    config = load_config(path, overrides)
+    if config.model.hf and not hf:
+        raise refuse("model.hf", config.model.hf, "lss train takes it; lss check has --hf MODEL for it")
+    return config.resolved(ranks)
 
 
 def without_launcher(arguments: Sequence[str]) -> list[str]:

@@ -29,7 +29,7 @@ def train(options: argparse.Namespace, arguments: list[str], signals: Signals) -
     path, overrides = split_config(options.config)
     rendezvous, ranks = rendezvous_timeout(options), planned_ranks(options.nproc)
     with told_once():
-        config = read_config(path, overrides, ranks)
+        config = read_config(path, overrides, ranks, hf=True)
         refuse_folder(f"runs/{config.name}" if options.out is None else options.out)
         out = Path(options.out or f"runs/{config.name}")
         _refuse_early(config, out, options)
@@ -42,12 +42,19 @@ def train(options: argparse.Namespace, arguments: list[str], signals: Signals) -
 
 def _refuse_early(config: Config, out: Path, options: argparse.Namespace) -> None:
     """What can be refused without ranks, so that it is said once."""
+    from lss.cli.data import show_progress
+    from lss.data.prepare import prepare
+    from lss.train.models import find_model
     from lss.train.saving import find_resumable
 
-    refuse_options(config, options.nproc)
+    subject = find_model(config, out)
+    config = subject.config
+    refuse_options(config, options.nproc, subject.source)
     find_resumable(config, out)
     # ranks that are started from here share the reading out
-    refuse_data(config, scan=not must_launch(options.nproc))
+    refuse_data(config, scan=not must_launch(options.nproc), out=out)
+    if must_launch(options.nproc):  # while no rank waits for it
+        prepare(config, out, show_progress("tokenising"))
 
 
 def _train(config: Config, out: Path, rendezvous: timedelta, signals: Signals) -> int:

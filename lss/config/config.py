@@ -64,6 +64,8 @@ class Config:
                 if key not in keys_of(section):
                     raise _unknown(f"{section}.{key}", known_keys(), "key")
         sections = {section: build_section(section, dict(values.get(section, {}))) for section in SECTIONS}
+        if sections["model"].hf and "source" not in values.get("data", {}):
+            sections["data"] = replace(sections["data"], source="text")
         config = Config(**sections, name=name)
         config.validate()
         return config
@@ -74,15 +76,18 @@ class Config:
         Raises:
             Refused: naming the key, its value and the nearest values that fit.
         """
-        refuse_mismatch(self.model)
+        if self.model.hf:
+            self._validate_hf()
+        else:
+            refuse_mismatch(self.model)
+        self._validate_lora()
         model, parallel, train = self.model, self.parallel, self.train
-        if self.data.source == "bytes" and model.vocab_size < 256:
+        if self.data.source == "bytes" and model.known and model.vocab_size < 256:
             fit = 'data.source="bytes" has ids up to 255; use 256 or more'
             raise refuse("model.vocab_size", model.vocab_size, fit)
         if self.data.token_bytes == 3:
             raise refuse("data.token_bytes", 3, "ids take 2 or 4 bytes; use one of these")
-        if self.data.source == "tokens" and not self.data.path:
-            raise refuse("data.path", "''", 'data.source="tokens" has no files of its own; give a file, a folder or a glob')
+        self._validate_data()
         self._validate_kind()
         self._validate_head_chunks()
         self._validate_compile()
@@ -108,9 +113,58 @@ class Config:
         self._validate_inner(cp)
         self._validate_token_chunks(cp)
 
+    def _validate_data(self) -> None:
+        data, kind = self.data, self.model.kind
+        if data.source in ("tokens", "fasta") and not data.path:
+            fit = f'data.source="{data.source}" has no files of its own; give a file, a folder or a glob'
+            raise refuse("data.path", "''", fit)
+        if data.source == "text" and not self.model.hf:
+            raise refuse("data.source", '"text"', 'a tokenizer comes with model.hf; use "bytes", or lss data tokenize')
+        if data.weights and data.source not in ("bytes", "tokens"):
+            fit = f'data.source="{data.source}" is one corpus; make token files by lss data tokenize and give "tokens"'
+            raise refuse("data.weights", show(data.weights), fit)
+        if data.weights and (len(data.paths) != len(data.weights) or not all(data.paths)):
+            fit = f"data.path={show(data.path)} names {len(data.paths)} corpora, with ; between; give each a weight"
+            raise refuse("data.weights", show(data.weights), fit)
+        if data.reverse_complement and data.source not in ("tokens", "fasta"):
+            raise refuse("data.reverse_complement", "true", f'data.source="{data.source}" has no strands; use false')
+        if data.reverse_complement and (data.packing or kind == "encoder_decoder"):
+            fit = "data.packing=true" if data.packing else f'model.kind="{kind}"'
+            raise refuse("data.reverse_complement", "true", f"not with {fit}; use false")
+
+    def _validate_lora(self) -> None:
+        model, plain = self.model, ModelConfig()
+        if model.rope_scaling != "none" and not model.hf:
+            raise refuse("model.rope_scaling", show(model.rope_scaling), 'it is for model.hf; use "none"')
+        if (model.rope_scaling == "none") != (model.rope_factor == 1.0):
+            fit = "above 1 it goes with model.rope_scaling, and 1 with none"
+            raise refuse("model.rope_factor", model.rope_factor, f"model.rope_scaling={show(model.rope_scaling)}: {fit}")
+        if model.lora_rank and not model.hf:
+            raise refuse("model.lora_rank", model.lora_rank, "adapters go into a model of transformers; give model.hf, or 0")
+        for key in ("lora_alpha", "lora_targets"):
+            value = getattr(model, key)
+            if not model.lora_rank and value != getattr(plain, key):
+                raise refuse(f"model.{key}", show(value), "with model.lora_rank=0 there are no adapters; give a rank")
+
+    def _validate_hf(self) -> None:
+        """Refuse what only the reference decoder has."""
+        memory, prefix = self.memory, self.data.prefix
+        only = {
+            "parallel.strategy": (self.parallel.strategy == "tp", "tp", 'it cuts other weights; use "lss"'),
+            "memory.checkpointing": (memory.checkpointing == "attention", "attention", 'it has "full" and "none"'),
+            "memory.offload": (memory.offload != "none", memory.offload, 'not for such a model; use "none"'),
+            "memory.tiles": (memory.tiles != "auto", memory.tiles, 'its loss is computed whole; use "auto"'),
+            "train.compile": (self.train.compile, True, "not for such a model; use false"),
+            "data.source": (self.data.source == "bytes", "bytes", 'bytes are not its tokens; use "text" or "tokens"'),
+            "data.prefix": (prefix > 0, prefix, "not for such a model; use 0"),
+        }
+        for key, (given, value, fit) in only.items():
+            if given:
+                raise refuse(key, show(value), f"model.hf={show(self.model.hf)}: {fit}")
+
     def _validate_kind(self) -> None:
         model, data = self.model, self.data
-        if model.kind == "encoder" and data.source == "tokens" and model.vocab_size < 2:
+        if model.kind == "encoder" and data.source != "bytes" and model.vocab_size < 2:
             fit = 'model.kind="encoder" needs an id for masked tokens, the last; use 2 or more'
             raise refuse("model.vocab_size", model.vocab_size, fit)
         if model.kind == "encoder" and data.source == "bytes" and model.vocab_size < 257:
@@ -159,9 +213,7 @@ class Config:
 
     def _validate_head_chunks(self) -> None:
         chunks, kv_heads = self.parallel.head_chunks, self.model.n_kv_heads
-        if not isinstance(chunks, int):
-            return
-        if chunks > kv_heads:
+        if isinstance(chunks, int) and self.model.known and chunks > kv_heads:
             fit = f'model.n_kv_heads={kv_heads} bounds it; use "auto" or 1 to {kv_heads}'
             raise refuse("parallel.head_chunks", chunks, fit)
 

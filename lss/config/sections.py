@@ -132,7 +132,22 @@ class ModelConfig:
     sinks: bool = _key(False, bool, "a learned logit a head that takes part in the softmax only")
     attention_dropout: float = _key(0.0, float, "rate of dropout of attention's probabilities", low=0, high=0.99)
     rope_theta: float = _shape("rope_theta", float, "base of the rotary frequencies", low=1)
-    hf: str = _key("", str, "Hugging Face model; empty: the reference decoder")
+    hf: str = _key("", str, "model of Hugging Face transformers, a folder or OWNER/NAME on the Hub, which brings its own "
+                   "shape; empty: the reference decoder")  # fmt: skip
+
+    lora_rank: int = _key(0, int, "of hf: rank of adapters, which are then all that is trained; 0: all is", low=0)
+    lora_alpha: float = _key(16.0, float, "adapters are scaled by lora_alpha / lora_rank", low=0)
+    lora_targets: str = _key("", str, "names of modules that get adapters, q_proj,v_proj for one, or all-linear; empty: "
+                             "what peft takes for the class")  # fmt: skip
+
+    rope_scaling: str = _key("none", str, "of hf: how rotary positions are stretched for longer sequences than it was made "
+                             "for; none: as it has them", choices=("none", "linear", "dynamic", "yarn"))  # fmt: skip
+    rope_factor: float = _key(1.0, float, "of hf: times as long, with rope_scaling", low=1)
+
+    @property
+    def known(self) -> bool:
+        """Whether the shape is known; that of `hf` is read when the model is looked for."""
+        return self.n_layers > 0
 
     def window_of(self, layer: int) -> int | None:
         """The window of a layer, counted from 0; None where it sees everything."""
@@ -193,16 +208,27 @@ class MemoryConfig:
 class DataConfig:
     """[data]: what is read."""
 
-    source: str = _key("bytes", str, "how files become tokens", choices=("bytes", "tokens"))
+    source: str = _key("bytes", str, "how files become tokens: bytes as they are; tokens: files of ids; text: by the "
+                       "tokenizer of model.hf, with which it is the default; fasta: nucleotides of FASTA and FASTQ",
+                       choices=("bytes", "tokens", "text", "fasta"))  # fmt: skip
     token_bytes: int = _key(2, int, "bytes of an id in a .bin file, 2 or 4; a .npy file says its own", low=2, high=4)
     path: str = _key("", str, "file, folder or glob; empty: for bytes the running Python's standard-library sources")
+    weights: tuple[int, ...] = _key((), list, "of several corpora, whose paths stand in path with ; between: how many "
+                                    "samples of each come for those of the others; none: one corpus", low=1)  # fmt: skip
     seq_len: int = _key(512, int, "S, labels per sequence; S+1 tokens are read", low=1)
     packing: bool = _key(False, bool, "each file is a document; documents, or pieces of longer ones, are packed into "
                          "sequences and see only themselves")  # fmt: skip
     prefix: int = _key(0, int, "tokens at the start of each sequence or document that see each other; not trained on", low=0)
     mask_rate: float = _key(0.15, float, "share of tokens that an encoder is to restore", low=0.001, high=0.999)
     source_every: int = _key(2, int, "an encoder_decoder's source is each n-th byte or token of its text", low=1)
+    reverse_complement: bool = _key(False, bool, "of nucleotides: every second sequence, drawn by seed and sample, is read "
+                                    "from the other strand")  # fmt: skip
     held_out: float = _key(0.05, float, "fraction of the corpus, at its end, kept for evaluation", low=1e-6, high=0.5)
+
+    @property
+    def paths(self) -> list[str]:
+        """The corpora that `weights` weigh."""
+        return [path.strip() for path in self.path.split(";")]
 
 
 @dataclass(frozen=True)
@@ -287,10 +313,23 @@ def build_section(section: str, values: dict[str, Any]) -> Any:
         checked[key] = keys_of(section)[key].check(f"{section}.{key}", value)
     if section == "model":
         if checked.get("hf"):
-            fit = "Hugging Face models are not supported in this version; leave it empty"
-            raise refuse("model.hf", repr(checked["hf"]), fit)
+            return _of_hf(checked)
         checked = PRESETS[checked.get("preset", "tiny")] | checked
     return SECTIONS[section](**checked)
+
+
+# what of [model] goes with `hf`
+HF_KEYS = ("hf", "lora_rank", "lora_alpha", "lora_targets", "rope_scaling", "rope_factor")
+_UNREAD = dict.fromkeys(("d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp", "vocab_size"), 0)
+
+
+def _of_hf(given: dict[str, Any]) -> ModelConfig:
+    """The section of a model of transformers, its shape not read yet; a key of another model is refused."""
+    defaults = ModelConfig()
+    for key, value in given.items():
+        if key not in HF_KEYS and value != getattr(defaults, key):
+            raise refuse(f"model.{key}", show(value), f"model.hf={show(given['hf'])} brings its own; leave it out")
+    return ModelConfig(**{key: given[key] for key in HF_KEYS if key in given}, **_UNREAD)
 
 
 def markdown_table() -> str:
@@ -325,6 +364,7 @@ def nearest(whole: int, wanted: int) -> str:
 
 
 def as_plain(section: Any) -> dict[str, Any]:
-    """A section's values by key, as JSON would have them."""
-    values = {f.name: getattr(section, f.name) for f in fields(section)}
+    """A section's values by key, as JSON would have them; of a model of transformers what was set, not what was read."""
+    named = HF_KEYS if isinstance(section, ModelConfig) and section.hf else [f.name for f in fields(section)]
+    values = {name: getattr(section, name) for name in named}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

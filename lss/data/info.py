@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lss.config.errors import Refused
 from lss.data.packing import pack
-from lss.data.sources import ByteCorpus
+from lss.data.sources import ByteCorpus, Split
+from lss.data.token_folder import INDEX, check_digests, read_index
+from lss.data.tokenizer import LETTERS, NUCLEOTIDE, Tokenizer
+from lss.data.tokens import SUFFIXES, TokenCorpus
 
 _BLOCK = 1 << 20  # bytes at a time, so that memory does not grow with the corpus
 _SAMPLE = 200
@@ -29,27 +34,104 @@ def describe(corpus: ByteCorpus, seq_len: int, held_out: float = 0.05) -> dict[s
     counts = np.zeros(256, np.int64)
     for start in range(0, len(corpus), _BLOCK):
         counts += np.bincount(corpus.read(start, min(start + _BLOCK, len(corpus))), minlength=256)
-    documents = training.documents()
-    packed = pack(documents[:, 1] - documents[:, 0], seq_len, seed=0) if len(documents) else None
     share = counts[counts > 0] / len(corpus)
     middle = len(corpus) // 2
     text = corpus.read(middle, min(middle + _SAMPLE, len(corpus))).tobytes().decode("utf-8", "replace")
-    # bytes of a binary file must not steer the terminal
-    text = "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
     return {
         "corpus": corpus.name,
         "files": len(corpus.files),
         "bytes": len(corpus),
         "shortest_file": min(corpus.sizes),
         "longest_file": max(corpus.sizes),
-        "training_bytes": len(training),
-        "held_out_bytes": len(held),
+        **_sequences(training, held, seq_len),
+        "lengths": histogram(np.asarray(corpus.sizes)),
+        "distinct_bytes": int((counts > 0).sum()),
+        "bits_per_byte_without_context": round(float((share * np.log2(1 / share)).sum()), 3),
+        "digest": corpus.digest,
+        "sample": _printable(text),
+    }
+
+
+def is_tokens(path: str) -> bool:
+    """Whether a path is of token files: a folder of `lss data tokenize`, or .bin and .npy files alone."""
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return place.suffix in SUFFIXES
+    files = [file for file in place.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    return (place / INDEX).is_file() or (bool(files) and all(file.suffix in SUFFIXES for file in files))
+
+
+def describe_tokens(path: str, seq_len: int, token_bytes: int = 2, held_out: float = 0.05) -> dict[str, Any]:
+    """What token files hold; every byte of a folder of `lss data tokenize` is held against its digest.
+
+    Raises:
+        Refused: files that are no tokens, or damaged, by name.
+    """
+    corpus = TokenCorpus(path, 1 << 32, token_bytes)
+    index = {}
+    if corpus.tokenizer:
+        index = read_index(Path(path).expanduser())
+        check_digests(Path(path).expanduser(), index)
+    largest, trained = -1, 0
+    for start in range(0, len(corpus), _BLOCK):
+        stop = min(start + _BLOCK, len(corpus))
+        largest = max(largest, int(corpus.read(start, stop).max()))
+        marks = corpus.read_trained(start, stop)
+        trained += stop - start if marks is None else int(marks.sum())
+    ends = corpus.document_ends()
+    lengths = np.diff(ends, prepend=0)
+    middle = int(ends[len(ends) // 2 - 1]) if len(ends) > 1 else len(corpus) // 2
+    ids = corpus.read(middle, min(middle + _SAMPLE // 4, len(corpus)))
+    return {
+        "corpus": corpus.name,
+        "files": len(corpus.files),
+        "tokens": len(corpus),
+        "documents": len(ends),
+        "tokens_trained_on": trained,
+        "largest_id": largest,
+        **({"tokenizer": index["tokenizer"], "vocabulary": index["vocab_size"], "SHA-256": "as recorded"} if index else {}),
+        "shortest_document": int(lengths.min()),
+        "longest_document": int(lengths.max()),
+        **_sequences(*corpus.split(held_out), seq_len),
+        "lengths": histogram(lengths),
+        "digest": corpus.digest,
+        "sample": _decoded(corpus.tokenizer, ids),
+    }
+
+
+def histogram(lengths: np.ndarray) -> str:
+    """How many documents are of which length, by powers of two: a bar a line."""
+    powers = np.bincount(np.frexp(np.maximum(lengths, 1).astype(np.float64))[1] - 1)
+    lines, first = [], int(np.flatnonzero(powers)[0])
+    for power in range(first, len(powers)):
+        bar = "#" * -(-15 * int(powers[power]) // int(powers.max()))
+        lines.append(f"from {1 << power:>11,} {int(powers[power]):>9,} {bar}".rstrip())
+    return "\n".join(lines)
+
+
+def _sequences(training: Split, held: Split, seq_len: int) -> dict[str, Any]:
+    documents, unit = training.documents(), training.corpus.unit
+    packed = pack(documents[:, 1] - documents[:, 0], seq_len, seed=0) if len(documents) else None
+    return {
+        f"training_{unit}": len(training),
+        f"held_out_{unit}": len(held),
         f"training_sequences_of_{seq_len}": max(len(training) - 1, 0) // seq_len,
         f"held_out_sequences_of_{seq_len}": max(len(held) - 1, 0) // seq_len,
         f"packed_sequences_of_{seq_len}": len(packed) if packed else 0,
         "padding_when_packed": f"{100 * packed.waste:.2f} %" if packed else "",
-        "distinct_bytes": int((counts > 0).sum()),
-        "bits_per_byte_without_context": round(float((share * np.log2(1 / share)).sum()), 3),
-        "digest": corpus.digest,
-        "sample": text,
     }
+
+
+def _decoded(tokenizer: str, ids: np.ndarray) -> str:
+    """Ids as text, where the tokenizer is at hand, else as numbers."""
+    if tokenizer == NUCLEOTIDE:
+        return "".join(LETTERS[i] if i < len(LETTERS) else "|" for i in ids)
+    try:
+        return _printable(Tokenizer(tokenizer).decode(ids.tolist())) if tokenizer else " ".join(map(str, ids))
+    except Refused:
+        return " ".join(map(str, ids))
+
+
+def _printable(text: str) -> str:
+    """Text that cannot steer a terminal."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import TypedDict, Unpack
 
 from lss.config.errors import refuse
-from lss.data.permutation import permute
 from lss.data.reader import Batch, Kind, Reader
 from lss.data.sources import Split
 from lss.segment import Segment
@@ -66,8 +65,7 @@ class Loader(Reader):
 
     def sample(self, number: int) -> int:
         """Which sample of the split is number `number` (a `sample_ids` value) in the order of all epochs."""
-        epoch, place = divmod(number, self.samples)
-        return permute(place, self.samples, self.seed, epoch)
+        return self.split.draw(number, self.counts, self.seed)
 
     def read_before(self, step: int) -> int:
         """How many samples, of all epochs and by all ranks, the steps before `step` have read."""

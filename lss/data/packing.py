@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,6 +90,21 @@ def pack(lengths: np.ndarray, seq_len: int, seed: int) -> Packed:
     order = shuffle[np.argsort(rank, kind="stable")]
     first = np.concatenate(([0], np.cumsum(np.bincount(rank))))
     return Packed(seq_len, first, document[order], start[order], stop[order])
+
+
+def join(packs: Sequence[Packed], documents: Sequence[int]) -> Packed:
+    """Packs of several corpora one after another; `documents`: of each, by which its numbers are shifted."""
+    if len(packs) == 1:
+        return packs[0]
+    before = np.concatenate(([0], np.cumsum(documents)[:-1]))
+    pieces = np.concatenate(([0], np.cumsum([len(pack.document) for pack in packs])[:-1]))
+    first = [pack.first[:-1] + start for pack, start in zip(packs, pieces, strict=True)]
+    last = [np.array([sum(len(pack.document) for pack in packs)])]
+    numbers = [pack.document + start for pack, start in zip(packs, before, strict=True)]
+    return Packed(
+        packs[0].seq_len, np.concatenate(first + last), np.concatenate(numbers),
+        np.concatenate([pack.start for pack in packs]), np.concatenate([pack.stop for pack in packs]),
+    )  # fmt: skip
 
 
 def _best_fit(sizes: list[int], seq_len: int) -> list[int]:

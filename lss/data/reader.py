@@ -5,15 +5,17 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypedDict
 
 import numpy as np
 import torch
 
 from lss.config.errors import refuse
-from lss.data.packing import pack
+from lss.data.packing import join, pack
 from lss.data.permutation import hashes
 from lss.data.sources import Split
+from lss.data.tokenizer import COMPLEMENT
 from lss.segment import Segment
 
 IGNORE_INDEX = -100
@@ -59,6 +61,7 @@ class Kind(TypedDict, total=False):
     mask_id: int
     source_every: int
     source_segment: Segment | None
+    reverse_complement: bool
 
 
 class Reader:
@@ -69,8 +72,8 @@ class Reader:
     Args:
         segment: this rank's part of a sequence.
         seed: draws the packing and the masked tokens.
-        packing: each file of the split is a document, and sample i is packed sequence i of `pack`. No label crosses the
-            end of a document: its last token counts nothing. The last token of a piece that was cut from a longer
+        packing: each document of the split stands by itself, and sample i is packed sequence i of `pack`. No label crosses
+            the end of a document: its last token counts nothing. The last token of a piece that was cut from a longer
             document has the document's next byte as its label. `segment` then gives the length alone.
         segment_of: this rank's segment for the edges of packed documents (int32, as `make_segment` takes them); needed
             with packing.
@@ -81,6 +84,8 @@ class Reader:
             the bytes hidden; no others count.
         source_every: above 0 for an encoder-decoder: the source's token j is the sample's byte j * source_every.
         source_segment: this rank's part of the source, ceil(seq_len / source_every) tokens.
+        reverse_complement: of nucleotides: every second sample, drawn from (seed, sample id), is read from the other strand,
+            backwards and each letter as its complement; alike in any layout.
 
     Raises:
         Refused: a setting out of range or two that do not go together, or a split too short.
@@ -100,6 +105,7 @@ class Reader:
         mask_id: int = 256,
         source_every: int = 0,
         source_segment: Segment | None = None,
+        reverse_complement: bool = False,
     ) -> None:
         if segment.seq_len != seq_len:
             raise refuse("seq_len", seq_len, f"the segment is of sequences of {segment.seq_len}")
@@ -115,16 +121,22 @@ class Reader:
         assert segment_of is not None or not packing, "packing cuts every sample by its own documents"
         self.split, self.seq_len, self.segment, self.seed = split, seq_len, segment, seed
         self.segment_of, self.prefix, self.mask_rate, self.mask_id = segment_of, prefix, mask_rate, mask_id
-        self.source_every, self.source_segment = source_every, source_segment
+        self.source_every, self.source_segment, self.reverse_complement = source_every, source_segment, reverse_complement
         if source_every:
             assert source_segment is not None, "a source needs its segment"
             assert source_segment.seq_len == -(-seq_len // source_every), (source_segment.seq_len, seq_len, source_every)
         self._ahead = 0 if mask_rate else 1  # a masked token is its own label
-        self.documents, self.packed = None, None
+        self.documents, self.packed, parts = None, None, split.split_parts()
         if packing:
-            self.documents = _documents(split, 1 + self._ahead)
-            self.packed = pack(self.documents[:, 1] - self.documents[:, 0], seq_len, seed)
-        self.samples = split.samples(seq_len, self._ahead) if self.packed is None else len(self.packed)
+            found = [_documents(part, 1 + self._ahead) for part, _ in parts]
+            self.documents = np.concatenate([part + start for part, (_, start) in zip(found, parts, strict=True)])
+            packs = [pack(part[:, 1] - part[:, 0], seq_len, seed) for part in found]
+            self.packed = join(packs, [len(part) for part in found])
+            self.counts = [len(packed) for packed in packs]
+        else:
+            self.counts = [part.samples(seq_len, self._ahead) for part, _ in parts]
+        self.samples, self._parts = sum(self.counts), [start for _, start in parts]
+        self._edges = [0, *accumulate(self.counts)]
         self.bytes_read = 0
 
     def rows(self, samples: Sequence[int | None], slots: Sequence[int], first_id: int = 0) -> Batch:
@@ -162,10 +174,20 @@ class Reader:
         labels = np.full(segment.local_len, IGNORE_INDEX, np.int64)
         if sample is None:
             return tokens, labels
+        turned = self.reverse_complement and bool(hashes(self.seed + 1, np.zeros(1, np.int64), number)[0] >> np.uint64(63))
+        first = self._first(sample)
         for local, start, stop, end in self._runs(sample, segment):
-            run = self._read(start, min(stop + self._ahead, end))
+            if turned:  # item i of the sample is its item S - i from the other strand
+                last = 2 * first + self.seq_len + self._ahead
+                run = COMPLEMENT[self._read(last - min(stop + self._ahead, end), last - start)[::-1]]
+            else:
+                run = self._read(start, min(stop + self._ahead, end))
             tokens[local : local + stop - start] = run[: stop - start]
-            labels[local : local + len(run) - self._ahead] = run[self._ahead :]
+            trained = self.split.read_trained(start + self._ahead, start + len(run))
+            targets = run[self._ahead :]
+            labels[local : local + len(targets)] = (
+                targets if trained is None else np.where(trained, targets, IGNORE_INDEX)
+            )
         if self.mask_rate:
             # by place in the sequence, not in a document: two documents of a sequence are masked differently
             bits = hashes(self.seed, segment.positions.numpy(), number) >> np.uint64(64 - _BITS)
@@ -174,10 +196,15 @@ class Reader:
         labels[positions < self.prefix - 1] = IGNORE_INDEX
         return tokens, labels
 
+    def _first(self, sample: int) -> int:
+        """Where a sample that is not packed begins in the split."""
+        part = bisect_right(self._edges, sample) - 1
+        return self._parts[part] + (sample - self._edges[part]) * self.seq_len
+
     def _runs(self, sample: int, segment: Segment) -> Iterator[tuple[int, int, int, int]]:
         """This rank's bytes: (local place, start, stop, end) with [start, stop) in the split, labels from before end."""
         if self.packed is None or self.documents is None:
-            first = sample * self.seq_len
+            first = self._first(sample)
             for local, _, start, stop in segment.local_runs:
                 yield local, first + start, first + stop, first + self.seq_len + self._ahead
             return
@@ -202,7 +229,7 @@ class Reader:
             if sample is None:
                 continue
             for local, local_stop, start, stop in segment.local_runs:
-                first, last = (sample * self.seq_len + place * every for place in (start, stop - 1))
+                first, last = (self._first(sample) + place * every for place in (start, stop - 1))
                 source[row, local:local_stop] = self._read(first, last + 1)[::every]
         return torch.from_numpy(source)
 
@@ -216,6 +243,6 @@ def _documents(split: Split, needed: int) -> np.ndarray:
     documents = split.documents()
     longest = int((documents[:, 1] - documents[:, 0]).max(initial=0))
     if longest < needed:
-        facts = f"the {split.name} part has {len(documents):,} files, the longest of {longest} bytes"
+        facts = f"the {split.name} part has {len(documents):,} documents, the longest of {longest} bytes"
         raise refuse("data.path", split.corpus.name, f"{facts}, and a label takes {needed}; give more text")
     return documents

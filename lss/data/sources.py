@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lss.config.errors import Refused, refuse
+from lss.data.permutation import permute
 
 # Folders of the standard library that hold no library source: installed packages, tests, caches.
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
@@ -84,15 +85,18 @@ class Corpus:
         Raises:
             Refused: a file is gone, or has become shorter, since the corpus was opened.
         """
+        parts = [self.read_file(*which) for which in self.within(start, stop)]
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+    def within(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(file, start, stop) of the stretches of files that make items [start, stop)."""
         assert 0 <= start <= stop <= len(self), (start, stop, len(self))
-        parts = []
         while start < stop:
             number = bisect_right(self._ends, start)
             first = self._ends[number] - self.sizes[number]
             end = min(stop, self._ends[number])
-            parts.append(self.read_file(number, start - first, end - first))
+            yield number, start - first, end - first
             start = end
-        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
 
     def read_file(self, number: int, start: int, stop: int) -> np.ndarray:
         """Items [start, stop) of one file."""
@@ -105,6 +109,17 @@ class Corpus:
         except OSError as error:
             reason = error.strerror or error
             raise Refused(f"{piece.file}: cannot be read any more ({reason}); restore it or start a new run.") from None
+
+    def scan(self, part: int = 0, parts: int = 1) -> None:
+        """Read what might be refused, or a share of it; of bytes there is nothing."""
+
+    def document_ends(self) -> np.ndarray:
+        """int64, where each document ends in the row of all items: each file is one."""
+        return np.asarray(self._ends, np.int64)
+
+    def read_trained(self, start: int, stop: int) -> np.ndarray | None:
+        """Which of the items [start, stop) are trained on, bool; None where all are."""
+        return None
 
     def split(self, held_out: float) -> tuple[Split, Split]:
         """(training part, held-out part): the last `held_out` fraction of the items is held out."""
@@ -145,14 +160,27 @@ class Split:
         """Items [start, stop) of this part."""
         return self.corpus.read(self.start + start, self.start + stop)
 
-    def documents(self) -> np.ndarray:
-        """Where each file lies in this part: int64 (n, 2), [start, stop) in items of the part.
+    def read_trained(self, start: int, stop: int) -> np.ndarray | None:
+        """Which of the items [start, stop) of this part are trained on; None where all are."""
+        return self.corpus.read_trained(self.start + start, self.start + stop)
 
-        Files are cut at the part's borders; those that have nothing in it are left out.
+    def documents(self) -> np.ndarray:
+        """Where each document lies in this part: int64 (n, 2), [start, stop) in items of the part.
+
+        Documents are cut at the part's borders; those that have nothing in it are left out.
         """
-        ends = np.cumsum(np.asarray(self.corpus.sizes, np.int64))
-        spans = np.stack((ends - self.corpus.sizes, ends), axis=1).clip(self.start, self.stop) - self.start
+        ends = self.corpus.document_ends()
+        spans = np.stack((np.concatenate(([0], ends[:-1])), ends), axis=1).clip(self.start, self.stop) - self.start
         return spans[spans[:, 1] > spans[:, 0]]
+
+    def split_parts(self) -> list[tuple[Split, int]]:
+        """(part, where it begins): samples do not reach from one into the next; here one part, from 0."""
+        return [(self, 0)]
+
+    def draw(self, number: int, samples: Sequence[int], seed: int) -> int:
+        """The sample of number `number` in the order of all epochs, each a permutation of the `samples` there are."""
+        epoch, place = divmod(number, samples[0])
+        return permute(place, samples[0], seed, epoch)
 
     def samples(self, seq_len: int, ahead: int = 1) -> int:
         """How many sequences of `seq_len` tokens this part holds, with `ahead` items after the last; refuses 0."""

@@ -9,6 +9,7 @@ from numpy.lib import format as npy
 
 from lss.config.errors import Refused, refuse
 from lss.data.sources import Corpus, Piece, file_size, find_files
+from lss.data.token_folder import INDEX, document_ends, read_index, token_files
 
 SUFFIXES = (".bin", ".npy")
 TOKEN_BYTES = (2, 4)
@@ -20,7 +21,8 @@ class TokenCorpus(Corpus):
     """The token ids in some files, each file a document.
 
     Args:
-        path: a file, a folder (its files that end in .bin or .npy, hidden ones left out), or a glob.
+        path: a file, a folder (its files that end in .bin or .npy, hidden ones left out), a glob, or a folder that
+            `lss data tokenize` wrote, which knows the documents' ends and what is trained on.
         vocab_size: ids are below this.
         token_bytes: of an id in a .bin file, 2 or 4; unsigned and little-endian. A .npy file says its own.
 
@@ -35,7 +37,16 @@ class TokenCorpus(Corpus):
     def __init__(self, path: str, vocab_size: int, token_bytes: int = 2) -> None:
         if not path:
             raise refuse("data.path", "''", 'data.source="tokens" needs a file, a folder or a glob of .bin or .npy files')
-        base, files = find_files(path)
+        self._folder, self._index = Path(path).expanduser(), {}
+        if (self._folder / INDEX).is_file():
+            self._index = read_index(self._folder)
+            token_bytes = self._index["token_bytes"]
+            if self._index["vocab_size"] > vocab_size:
+                fit = f"its tokens are of {self._index['tokenizer']!r}, of {self._index['vocab_size']} ids"
+                raise refuse("data.path", repr(path), f"{fit}, and the model has {vocab_size}; use one of that vocabulary")
+            base, files = self._folder, [self._folder / name for name in token_files(self._index)]
+        else:
+            base, files = find_files(path)
         kept = [file for file in files if file.suffix in SUFFIXES]
         if not kept:
             fit = f"none of its {len(files)} files ends in .bin or .npy" if len(files) > 1 else "not a .bin or .npy file"
@@ -43,6 +54,25 @@ class TokenCorpus(Corpus):
         pieces = [_npy(file) if file.suffix == ".npy" else _raw(file, token_bytes) for file in kept]
         super().__init__(path, base, pieces)
         self.vocab_size = vocab_size
+
+    def document_ends(self) -> np.ndarray:
+        """Where each document ends: as recorded beside the ids, or with its file."""
+        return document_ends(self._folder, self._index) if self._index else super().document_ends()
+
+    def read_trained(self, start: int, stop: int) -> np.ndarray | None:
+        """Which ids are trained on, as recorded beside them."""
+        if not self._index.get("trained"):
+            return None
+        parts = []
+        for number, first, end in self.within(start, stop):
+            piece = self.pieces[number]
+            parts.append(np.fromfile(piece.file.with_suffix(".trained"), np.uint8, end - first, offset=first) != 0)
+        return np.concatenate(parts) if parts else np.empty(0, bool)
+
+    @property
+    def tokenizer(self) -> str:
+        """The tokenizer that made the ids, where that is recorded."""
+        return self._index.get("tokenizer", "")
 
     def read_file(self, number: int, start: int, stop: int) -> np.ndarray:
         """Ids [start, stop) of one file: int64.

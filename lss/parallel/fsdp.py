@@ -19,7 +19,7 @@ The model is whole on every rank when it is made; it is sharded before there are
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -42,15 +42,17 @@ from lss.segment import Piece
 RESHARD = ("auto", True, False)
 
 
-class Sharding:
+class Shares:
     """A model whose parameters are sharded, in place; their names stay, and the parameters become DTensors.
 
     Args:
         model: with the same weights on every rank.
         mesh, comm: the ranks to shard over, all of dp x cp, as mesh and as group.
+        blocks: modules that are gathered one after another; the rest is gathered at once.
         reshard: whether blocks give their weights back between forward and backward: True, False (each is gathered once a
             step, and all weights are whole in between), or "auto": all but the last, which backward needs at once.
         ignored: parameters that are left as they are.
+        once: a module that forward alone reads, if there is one.
 
     Raises:
         Refused: another `reshard`, or parameters of several dtypes.
@@ -58,12 +60,14 @@ class Sharding:
 
     def __init__(
         self,
-        model: Transformer,
+        model: nn.Module,
         mesh: DeviceMesh,
         comm: Communicator,
+        blocks: Sequence[nn.Module],
         *,
         reshard: bool | str,
-        ignored: Collection[nn.Parameter],
+        ignored: Collection[nn.Parameter] = (),
+        once: nn.Module | None = None,
     ) -> None:
         check_reshard(reshard)
         dtypes = {p.dtype for p in model.parameters()}
@@ -73,17 +77,12 @@ class Sharding:
         self.mesh, self.comm, self._model = flat_mesh(mesh, ("dp", "cp")), comm, model
         policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtypes.pop(), torch.float32))
         shard = _Shard(self.mesh, policy, set(ignored))
-        if model.lm_head is not None:
-            # its gradient needs its rows' numbers, not its rows
-            shard(model.embedding, True).set_unshard_in_backward(False)
-        blocks = [*(model.source_blocks or ()), *model.blocks]
+        if once is not None:
+            shard(once, True).set_unshard_in_backward(False)
         for block in blocks:
             shard(block, block is not blocks[-1] if reshard == "auto" else bool(reshard))
         shard(model, False)
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        head = model.embedding if model.lm_head is None else model.lm_head
-        self._head = cast(DTensor, head.weight)
-        model.register_forward_hook(self._after_forward)
 
     # -- parts of tensors --------------------------------------------------------------------------------------------
 
@@ -125,11 +124,32 @@ class Sharding:
         for module in self._modules:
             module.reshard()
 
+
+class Sharding(Shares):
+    """The sharding of an `lss.model.Transformer`."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: DeviceMesh,
+        comm: Communicator,
+        *,
+        reshard: bool | str,
+        ignored: Collection[nn.Parameter],
+    ) -> None:
+        # the gradient of an embedding that is not the head needs its rows' numbers, not its rows
+        once = None if model.lm_head is None else model.embedding
+        blocks = [*(model.source_blocks or ()), *model.blocks]
+        super().__init__(model, mesh, comm, blocks, reshard=reshard, ignored=ignored, once=once)
+        head = model.embedding if model.lm_head is None else model.lm_head
+        self._head, self._final_norm = cast(DTensor, head.weight), model.final_norm
+        model.register_forward_hook(self._after_forward)
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """The parameters of no block are whole inside. Collectives: one all-gather, if they are not already."""
         root = cast(FSDPModule, self._model)
-        sharded = any(isinstance(p, DTensor) for p in self._model.final_norm.parameters())
+        sharded = any(isinstance(p, DTensor) for p in self._final_norm.parameters())
         if sharded:
             root.unshard()
         try:

@@ -17,7 +17,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     Right also where parameters are cut over ranks, which `torch.nn.utils.clip_grad_norm_` would count per rank.
     Scaling by max_norm / (norm + 1e-6) is torch's. `max_norm` 0 or infinite only measures.
     """
-    norm = _any_layout_of(model).grad_norm()
+    norm = layout_of(model).grad_norm()
     if max_norm > 0:
         grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -26,22 +26,17 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     return norm
 
 
-def layout_of(model: nn.Module) -> Layout:
+def layout_of(model: nn.Module) -> Layout | HFLayout:
     """The layout that `parallelize` gave a model."""
     layout = getattr(model, "parallel", None)
-    if not isinstance(layout, Layout):
+    if not isinstance(layout, Layout | HFLayout):
         raise refuse("model", type(model).__name__, "it has not been parallelized; call lss.parallelize(model, mesh) first")
     return layout
 
 
-def _any_layout_of(model: nn.Module) -> Layout | HFLayout:
-    layout = getattr(model, "parallel", None)
-    return layout if isinstance(layout, HFLayout) else layout_of(model)
-
-
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """All parameters whole, on every rank, under the names of the plain model."""
-    layout = _any_layout_of(model)
-    if isinstance(layout, Layout) and layout.sharding is not None:
+    layout = layout_of(model)
+    if layout.sharding is not None:
         layout.sharding.give_back()
     return {name: layout.whole(name, parameter.detach()) for name, parameter in model.named_parameters()}

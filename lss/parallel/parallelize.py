@@ -92,10 +92,12 @@ def parallelize(
         Refused: an option or a model that would not be laid out exactly.
     """
     if is_hf_model(model):
-        others = {"fsdp": (fsdp, False), "offload": (offload or "none", "none"), "tiles": (tiles, "auto")}
-        others["compile"] = (compile, False)
+        others = {"offload": (offload or "none", "none"), "tiles": (tiles, "auto"), "compile": (compile, False)}
         options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner, token_chunks)
-        return lay_out_hf(model, mesh, order, options, checkpointing=checkpointing, precut=precut, others=others)
+        return lay_out_hf(
+            model, mesh, order, options, checkpointing=checkpointing, precut=precut,
+            fsdp_reshard=fsdp_reshard if fsdp else None, others=others,
+        )  # fmt: skip
     if not isinstance(model, Transformer):
         fit = "lss.model.Transformer and models of transformers are laid out; in a model of your own call lss.shard, "
         raise refuse("model", type(model).__name__, f"{fit}lss.attention, lss.cross_entropy and lss.sum_gradients")

@@ -26,9 +26,9 @@ from lss.mesh import close, init_mesh
 from lss.model import Transformer
 from lss.parallel import clip_grad_norm_, layout_of
 from lss.planner.ledger import Ledger, Peak
+from lss.train.models import lay_out
 from lss.train.optim import STATE_PART, build_optimizer
 from lss.train.steps import accumulate_gradients, parameter_dtype
-from lss.train.trainer import lay_out
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ FEW = 12  # facts that stand open; a longer list is folded
 # the facts worth a line under the title, where run.json has them: (words around the value, path)
 LEDE = (
     ("model {}", "config.model.preset"),
+    ("model {}", "config.model.hf"),
     ("{} parameters", "parameters"),
     ("{} tokens", "config.data.seq_len"),
     ("strategy {}", "config.parallel.strategy"),

@@ -50,14 +50,16 @@ class NoMeter:
         return []
 
 
-def state_bytes(config: Config) -> int:
+def state_bytes(config: Config, parameters: int | None = None) -> int:
     """The least that a rank holds for weights, gradients and optimizer state, cut as fsdp or tensor parallelism cuts them.
 
-    A model is made whole on every rank before it is cut.
+    A model is made whole on every rank before it is cut. `parameters`: of a model of transformers.
     """
     parallel, copies = config.parallel, 2 + 2 * STATE_PART[config.optim.name]
+    copies = 1 if config.model.lora_rank else copies  # frozen weights have neither gradients nor state
     assert isinstance(parallel.cp, int)
-    whole = parameter_count(config.model, config.data.seq_len) * parameter_dtype(config.train.dtype).itemsize
+    count = parameter_count(config.model, config.data.seq_len) if parameters is None else parameters
+    whole = count * parameter_dtype(config.train.dtype).itemsize
     parts = parallel.cp * parallel.dp if parallel.fsdp else parallel.cp if parallel.strategy == "tp" else 1
     return max(whole, int(copies * whole) // parts)
 
@@ -74,13 +76,14 @@ def sequence_bytes(config: Config) -> int:
     return rows * tokens * (24 * train.accumulate + model.d_model * kept * itemsize)
 
 
-def refuse_too_large(config: Config, device_type: str, ranks_here: int) -> None:
+def refuse_too_large(config: Config, device_type: str, ranks_here: int, parameters: int | None = None) -> None:
     """Refuse a model or sequences that cannot be held, whatever else is running.
 
     Args:
         config: resolved.
         device_type: "cuda" for a GPU a rank; on "cpu" the host's ranks share its memory.
         ranks_here: ranks on this host.
+        parameters: of a model of transformers, whose shape is the config's.
 
     Raises:
         Refused: naming the setting that asks for most, the bytes needed and those there are.
@@ -89,7 +92,7 @@ def refuse_too_large(config: Config, device_type: str, ranks_here: int) -> None:
         there, sharing, where = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, 1, "the GPU"
     else:
         there, sharing, where = all_memory(), ranks_here, "this host"
-    state, sequence = state_bytes(config) * sharing, sequence_bytes(config) * sharing
+    state, sequence = state_bytes(config, parameters) * sharing, sequence_bytes(config) * sharing
     if state + sequence <= there:
         return
     of = f" of {sharing} ranks" if sharing > 1 else ""
@@ -102,9 +105,11 @@ def refuse_too_large(config: Config, device_type: str, ranks_here: int) -> None:
     raise refuse(key, value, f"{what}, and {where} has {_size(there)}; use less, or more ranks or memory")
 
 
-def _largest_of_model(config: Config) -> tuple[str, int]:
+def _largest_of_model(config: Config) -> tuple[str, int | str]:
     """The key whose value stands furthest above what is usual, since sizes multiply."""
     model = config.model
+    if model.hf:
+        return "model.hf", model.hf
     usual = {"d_model": 4096, "n_layers": 32, "d_mlp": 14336, "vocab_size": 131072}
     excess = {f"model.{key}": getattr(model, key) / size for key, size in usual.items()}
     values = {f"model.{key}": getattr(model, key) for key in usual}

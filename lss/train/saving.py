@@ -24,9 +24,9 @@ from lss.checkpoint import (
 from lss.comm import control
 from lss.config import Config
 from lss.config.errors import Failed, Refused, refuse
-from lss.data.corpus import open_corpus
+from lss.data.corpus import corpus_digest
 from lss.data.loader import Batch, Loader
-from lss.parallel import Layout
+from lss.parallel import HFLayout, Layout
 from lss.train.metrics import truncate
 
 FOLDER = "checkpoints"
@@ -57,10 +57,10 @@ def refuse_other_run(config: Config, state: dict[str, Any], out: Path) -> None:
             before = earlier.get(section, {}).get(key, defaults[section][key])  # saved before there was the key
             if before != value:
                 raise refuse(f"{section}.{key}", value, f"{out} holds a run made with {before}; choose another --out")
-    corpus, digest = open_corpus(config), state.get("corpus", {}).get("digest")
-    if digest not in (None, corpus.digest):
+    digest = state.get("corpus", {}).get("digest")
+    if digest not in (None, corpus_digest(config, out)):
         fit = f"its files are no longer those that the run in {out} has read; restore them or choose another --out"
-        raise refuse("data.path", config.data.path or corpus.name, fit)
+        raise refuse("data.path", config.data.path or "''", fit)
 
 
 class Saving:
@@ -82,7 +82,7 @@ class Saving:
         out: Path,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        layout: Layout,
+        layout: Layout | HFLayout,
         loader: Loader,
         *,
         facts: Callable[[], dict[str, Any]],

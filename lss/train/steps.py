@@ -14,7 +14,7 @@ from lss.data.corpus import mask_id
 from lss.data.reader import Batch, Kind
 from lss.kernels.dropout import fold
 from lss.mesh import moved
-from lss.parallel import Layout, layout_of
+from lss.parallel import HFLayout, Layout, layout_of
 from lss.segment import Segment, make_segment
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,10 +40,10 @@ def count_labels(model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
     return layout_of(model).all.all_reduce(total, "labels").wait()
 
 
-def loader_kind(config: Config, layout: Layout | None) -> Kind:
+def loader_kind(config: Config, layout: Layout | HFLayout | None) -> Kind:
     """What the config's loaders make of the text; `layout` cuts it, None leaves it whole."""
     kind, data = config.model.kind, config.data
-    settings: Kind = {"packing": data.packing}
+    settings: Kind = {"packing": data.packing, "reverse_complement": data.reverse_complement}
     if data.packing:
         settings["segment_of"] = lambda borders: segment_of(config, layout, borders)
     if kind == "decoder":
@@ -53,11 +53,12 @@ def loader_kind(config: Config, layout: Layout | None) -> Kind:
     else:
         length = -(-data.seq_len // data.source_every)
         settings["source_every"] = data.source_every
+        assert not isinstance(layout, HFLayout), "a model of transformers here is a decoder"
         settings["source_segment"] = make_segment(length, cp=1, rank=0) if layout is None else layout.source_segment(length)
     return settings
 
 
-def segment_of(config: Config, layout: Layout | None, borders: torch.Tensor | None) -> Segment:
+def segment_of(config: Config, layout: Layout | HFLayout | None, borders: torch.Tensor | None) -> Segment:
     """A rank's segment of the config's sequences, packed from documents or one; whole without a layout."""
     if layout is None:
         return make_segment(config.data.seq_len, cp=1, rank=0, cu_seqlens=borders)
@@ -66,6 +67,8 @@ def segment_of(config: Config, layout: Layout | None, borders: torch.Tensor | No
 
 def model_inputs(batch: Batch, config: Config, device: torch.device, *, cut: bool = True) -> dict[str, Any]:
     """A batch as the model takes it; `cut`: by a layout that expects segments."""
+    if config.model.hf:
+        return _inputs_hf(batch, config, device)
     inputs: dict[str, Any] = {
         "input_ids": moved(batch.tokens, device),
         "shift_labels": moved(batch.labels, device),
@@ -84,6 +87,21 @@ def model_inputs(batch: Batch, config: Config, device: torch.device, *, cut: boo
     return inputs
 
 
+def _inputs_hf(batch: Batch, config: Config, device: torch.device) -> dict[str, Any]:
+    """A batch as a cut model of transformers takes it."""
+    segment = batch.segment
+    assert segment is not None
+    # padding reaches nobody, and its own positions may lie beyond what the model has
+    positions = segment.document_positions.masked_fill(segment.positions >= segment.seq_len, 0)
+    return {
+        "input_ids": moved(batch.tokens, device),
+        "shift_labels": moved(batch.labels, device),
+        "position_ids": moved(positions, device)[None],
+        "cu_seqlens": batch.cu_seqlens,
+        "seq_len": config.data.seq_len,
+    }
+
+
 def forward_loss(
     model: nn.Module, batch: Batch, count: int | torch.Tensor, config: Config, dropout_seed: int | None = None
 ) -> torch.Tensor:
@@ -91,7 +109,11 @@ def forward_loss(
     device = next(model.parameters()).device
     with autocast(config.train.dtype, device.type):
         inputs = model_inputs(batch, config, device)
-        return model(**inputs, num_items_in_batch=count, dropout_seed=dropout_seed).loss
+        if config.model.hf:  # evaluation is of the text alone, without losses of routers
+            inputs |= {} if model.training else {"output_router_logits": False}
+        else:
+            inputs["dropout_seed"] = dropout_seed
+        return model(**inputs, num_items_in_batch=count).loss
 
 
 def accumulate_gradients(

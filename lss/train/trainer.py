@@ -16,66 +16,26 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.comm import DEVICE, Watch
+from lss.comm import DEVICE, Watch, control
 from lss.config import Config
-from lss.config.errors import Failed
+from lss.config.errors import Failed, Refused
 from lss.data.corpus import open_corpus
 from lss.data.loader import EvalLoader, Loader
+from lss.data.prepare import PREPARED, prepare
 from lss.data.reader import Batch
 from lss.flops import model_flops, peak_flops
-from lss.model import Transformer
-from lss.parallel import clip_grad_norm_, layout_of, parallelize
+from lss.parallel import clip_grad_norm_, layout_of
 from lss.segment.documents import scores_seen
 from lss.train.console import TrainConsole, make_console
 from lss.train.evaluate import bits, evaluate
 from lss.train.memory import NoMeter, StepMeter
 from lss.train.metrics import MetricsWriter, peak_memory_bytes
+from lss.train.models import find_model
 from lss.train.optim import build_optimizer, learning_rate, set_learning_rate
 from lss.train.saving import SampleLog, Saving
 from lss.train.signals import Signals
-from lss.train.steps import accumulate_gradients, loader_kind, parameter_dtype
+from lss.train.steps import accumulate_gradients, loader_kind
 from lss.train.stopping import Stopping
-
-
-def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) -> torch.nn.Module:
-    """The config's model, laid out over the mesh and given segments, on the mesh's device."""
-    model = Transformer(config.model, seq_len or config.data.seq_len, seed=config.train.seed)
-    model.to(device=mesh.device_type, dtype=parameter_dtype(config.train.dtype))
-    return lay_out(config, model, mesh)
-
-
-def lay_out(config: Config, model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
-    """A plain model laid out over the mesh as the config says."""
-    parallel = config.parallel
-    return parallelize(
-        model,
-        mesh,
-        strategy=parallel.strategy,
-        inner=parallel.inner,
-        order=parallel.order,
-        head_chunks=parallel.head_chunks,
-        token_chunks=parallel.token_chunks,
-        regather=parallel.regather,
-        fsdp=parallel.fsdp,
-        fsdp_reshard=parallel.fsdp_reshard,
-        checkpointing=config.memory.checkpointing,
-        offload=config.memory.offload,
-        offload_gib=config.memory.offload_gib,
-        offload_path=config.memory.offload_path,
-        kernel=parallel.kernel,
-        transport=parallel.transport,
-        dkv_dtype=parallel.dkv_dtype,
-        precut=True,
-        packed=config.data.packing,
-        tiles=config.memory.tiles,
-        compile=config.train.compile,
-    )
-
-
-def matrix_parameters(model: Transformer) -> int:
-    """Parameters of the plain model that stand in matrix products: all matrices but look-up tables."""
-    total = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and "position_table" not in name)
-    return total if model.lm_head is None else total - model.embedding.weight.numel()
 
 
 class Trainer:
@@ -105,22 +65,24 @@ class Trainer:
         watch: Watch | None = None,
         meter: StepMeter | None = None,
     ) -> None:
-        self.config, self.mesh, self.out, self.on_end = config, mesh, out, on_end
+        self.mesh, self.out, self.on_end = mesh, out, on_end
         self.meter: StepMeter = meter or NoMeter()
         self.memory: dict[str, Any] = {}
         self.stopping = Stopping(mesh, signals, config.train.max_bad_steps)
         self._at: Callable[[int, str], None] = watch.at if watch is not None else lambda step, phase: None
         self._at(0, "building the model")
+        self.subject = find_model(config, out)
+        self.config = config = self.subject.config
         self.seq_len = config.data.seq_len
-        corpus = open_corpus(config)
+        self._prepare_data()
+        corpus = open_corpus(config, out)
         self.train_split, self.held_out_split = corpus.split(config.data.held_out)
         self.corpus = corpus
-        self.model = build_model(config, mesh)
+        self.model = self.subject.build(mesh)
         self.layout = layout_of(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.loader = self._loader()
         self.first = mesh.get_rank() == 0
-        self.matrix_parameters = matrix_parameters(_on_meta(config))
         self.saving = Saving(
             config, mesh, out, self.model, self.optimizer, self.layout, self.loader, facts=self.facts, say=self._say
         )
@@ -131,6 +93,23 @@ class Trainer:
         self.evaluations: dict[int, float] = {}
 
     # -- before step 1 -----------------------------------------------------------------------------------------------
+
+    def _prepare_data(self) -> None:
+        """Have the first rank make tokens of text, where they are needed and not there; the others wait.
+
+        Collectives: where they are needed, one gather.
+        """
+        if self.config.data.source not in PREPARED:
+            return
+        reason, talk = "", control(self.mesh, "data")
+        if self.mesh.get_rank() == 0:
+            try:
+                prepare(self.config, self.out)
+            except (Refused, Failed) as error:  # the others wait, and must hear of it
+                reason = str(error)
+        reason = talk.gather(reason)[0]
+        if reason:
+            raise Refused(reason)
 
     def _loader(self) -> Loader:
         train = self.config.train
@@ -158,7 +137,7 @@ class Trainer:
             total += rows * (scores_seen((0, source), False, model.windows, model.n_layers) + model.n_layers * S * source)
         # a causal score matrix is counted as half a square, as everywhere
         total -= rows * model.n_layers * S / 2 if causal and not model.windows and not self.config.data.packing else 0
-        return model_flops(self.matrix_parameters, model.d_model, S, rows, total)
+        return model_flops(self.subject.matrix_parameters, self.subject.attention_width, S, rows, total)
 
     def _say(self, line: str) -> None:
         if self.first:
@@ -171,10 +150,10 @@ class Trainer:
             "versions": {"lss": _version(), "torch": torch.__version__, "numpy": np.__version__,
                          "python": platform.python_version()},
             "mesh": {"dp": self.layout.dp.size, "cp": self.layout.cp.size, "device": _device_name(self.mesh)},
-            "parameters": sum(p.numel() for p in _on_meta(self.config).parameters()),
+            "parameters": self.subject.parameters,
             "corpus": {"name": self.corpus.name, self.corpus.unit: len(self.corpus), "digest": self.corpus.digest},
             "skipped": self.stopping.skipped,
-        }  # fmt: skip
+        } | self.subject.to_state(self.out)  # fmt: skip
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -195,6 +174,7 @@ class Trainer:
         metrics = None
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
+            self.subject.keep_tokenizer(self.out)
             self._write_run({})
             metrics = MetricsWriter(self.out, last_step=self.done_steps)
         if config.train.log_samples:
@@ -318,11 +298,9 @@ class Trainer:
 
     def _header(self) -> list[tuple[str, str]]:
         config, layout = self.config, self.layout
-        parameters = sum(p.numel() for p in _on_meta(config).parameters())
         segment = layout.segment(self.seq_len)
         return [
-            ("model", f"{config.model.preset}: {parameters:,} parameters, {config.model.n_layers} layers of "
-                      f"{config.model.d_model}, {config.model.n_heads}/{config.model.n_kv_heads} heads"),
+            ("model", self.subject.describe()),
             ("mesh", f"dp {layout.dp.size} x cp {layout.cp.size}, strategy {layout.strategy}, order {layout.order}, "
                      f"{'parameters sharded, ' if layout.sharding is not None else ''}on {_device_name(self.mesh)}"),
             ("sequence", f"{self.seq_len:,} tokens, {segment.local_len:,} a rank"),
@@ -347,12 +325,6 @@ class Trainer:
             lines.append(f"held-out: {held_out:.2f} bits per {self.corpus.item}")
         self._write_run(results)
         console.finish(lines + self.on_end(self.out))
-
-
-def _on_meta(config: Config) -> Transformer:
-    """The plain, whole model without storage, for counting."""
-    with torch.device("meta"):
-        return Transformer(config.model, config.data.seq_len)
 
 
 def _version() -> str:

@@ -294,7 +294,7 @@ def test_packing_refuses_what_it_cannot_do(corpus, tmp_path):
         packed_loader(corpus, source_every=2, source_segment=make_segment(32, cp=1, rank=0))
     for name in "ab":
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(Refused, match=r"data\.path=.*the training part has 2 files, the longest of 1 bytes"):
+    with pytest.raises(Refused, match=r"data\.path=.*the training part has 2 documents, the longest of 1 bytes"):
         packed_loader(ByteCorpus(str(tmp_path)), held_out=0)
     # a masked byte is its own label
     batch = packed_loader(ByteCorpus(str(tmp_path)), held_out=0, mask_rate=1.0).batch(1, 0)

@@ -46,7 +46,7 @@ def plant() -> None:
     import lss.train.evaluate as evaluate
     import lss.train.steps as steps
 
-    trainer.build_model = before(trainer.build_model, "build")
+    trainer.find_model = before(trainer.find_model, "build")
     trainer.Trainer.train_step = before(trainer.Trainer.train_step, "step")
     steps.forward_loss = before(steps.forward_loss, "forward")
     evaluate.forward_loss = before(evaluate.forward_loss, "eval")

@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 from functools import cache
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 from tests.distributed.pool import _POOLS, RankPool, _serve
@@ -18,6 +19,8 @@ def _nursery(pipe) -> None:
 
     for name in CASES:
         classes(name)
+    if find_spec("peft") is not None:
+        import peft  # noqa: F401
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended ranks are nobody's to wait for
     while True:
         job = pipe.recv()

@@ -97,7 +97,7 @@ def refused_batches():
         "joined": refusal(lss.parallelize(build("gpt_oss"), mesh(2)), **batch("packed", 37, True)),
         "encoder": refusal(lss.parallelize(build("bert"), mesh(2)), **batch("packed", 37, False)),
         "tp": refusal(lss.parallelize, build("llama"), mesh(2), strategy="tp"),
-        "fsdp": refusal(lss.parallelize, build("llama"), mesh(2), fsdp=True),
+        "fsdp": refusal(lss.parallelize, build("llama"), mesh(2), fsdp=True, fsdp_reshard="some"),
         "attention": refusal(lss.parallelize, build("llama"), mesh(2), checkpointing="attention"),
         "order": refusal(lss.parallelize, build("llama"), mesh(2), order="zigzag"),
     }
@@ -119,7 +119,8 @@ BATCHES = {
     "keep": "logits_to_keep=", "dense": "attention_mask=(2, 1, 37, 37)", "padding": "labels=", "left": "begins with padding",
     "rows": "position_ids=", "length": "position_ids=(1, 36)", "labels": "labels=(2, 36)",
     "router": "output_router_logits=", "inside": "whole model", "twice": "parallelized already", "table": "128 rows",
-    "precut": "shift_labels", "joined": "cu_seqlens", "encoder": "cu_seqlens", "tp": "strategy=tp", "fsdp": "fsdp=True",
+    "precut": "shift_labels", "joined": "cu_seqlens", "encoder": "cu_seqlens", "tp": "strategy=tp",
+    "fsdp": "fsdp_reshard=some",
     "attention": "checkpointing=attention", "order": "order=zigzag", "dynamic": "rope_type=dynamic",
     "chunks": "chunked_attention", "roberta": "RobertaEmbeddings",
 }  # fmt: skip

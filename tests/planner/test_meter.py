@@ -58,8 +58,8 @@ def short_of(operation):
     """What a meter says of an operation that no host has the memory for."""
     config = load_config(None, ["model.vocab_size=300"]).resolved(1)
     meter = Meter(config, torch.device("cpu"), control(mesh(1, 1), "memory"))
+    from lss.train.models import build_model
     from lss.train.optim import build_optimizer
-    from lss.train.trainer import build_model
 
     model = build_model(config, mesh(1, 1))
     optimizer = build_optimizer(model, config.optim)

@@ -10,7 +10,7 @@ from lss.config.errors import Refused
 from lss.model import Transformer
 from lss.planner import Ledger, trace_step
 from lss.planner.trace import run_step
-from lss.train.trainer import build_model
+from lss.train.models import build_model
 from tests.distributed.pool import mesh, pool
 
 SMALL = ["model.d_model=32", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=2", "model.d_mlp=48",

@@ -13,8 +13,9 @@ from lss.data.loader import Batch
 from lss.model import Transformer
 from lss.parallel import full_state_dict, layout_of
 from lss.train.evaluate import evaluate
+from lss.train.models import build_model
 from lss.train.steps import accumulate_gradients
-from lss.train.trainer import Trainer, build_model
+from lss.train.trainer import Trainer
 from tests.distributed.model_cases import gradient_errors
 from tests.distributed.pool import mesh
 

@@ -69,6 +69,9 @@ def attention(
     if dropout:
         raise refuse("dropout", dropout, f"{where} would draw another mask for every cut; set the config's dropout to 0")
     pattern = _pattern(module, attention_mask, sliding_window, is_causal)
+    if torch.is_autocast_enabled(query.device.type):  # torch's own attention takes its inputs so; rotary ones are float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     narrow = v.shape[3] if v.shape[3] < k.shape[3] else None
     if narrow is not None:  # latent attention has narrower values; zeros beside them change nothing

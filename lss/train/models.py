@@ -1,0 +1,170 @@
+"""What is trained: the reference decoder, or a model of transformers; found, counted, built and laid out."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lss.checkpoint import find_checkpoint
+from lss.checkpoint.files import hash_file
+from lss.config import Config
+from lss.config.errors import Refused, refuse
+from lss.data.tokenizer import Tokenizer
+from lss.integrations.hf.adapters import add_adapters
+from lss.integrations.hf.source import Source, dropout_rates, kept_source, open_source, with_rope_scaling, with_shape
+from lss.model import Transformer
+from lss.model.size import parameter_count
+from lss.parallel import parallelize
+from lss.train.steps import parameter_dtype
+
+# folder of a run for the files of the model's tokenizer
+KEPT = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a config trains.
+
+    Attributes:
+        config: with the shape of a model of transformers read into [model].
+        source: where that comes from; None for the reference decoder.
+    """
+
+    config: Config
+    source: Source | None = None
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model."""
+        if self.source is None:
+            return parameter_count(self.config.model, self.config.data.seq_len)
+        return sum(shape.numel() for shape in self.source.parameters().values())
+
+    @cached_property
+    def matrix_parameters(self) -> int:
+        """Parameters that stand in matrix products: all matrices but look-up tables."""
+        if self.source is not None:
+            # a frozen weight takes two thirds of the work: it has no gradient of its own
+            return self.source.matrix_parameters() * (2 if self.config.model.lora_rank else 3) // 3
+        with torch.device("meta"):
+            return matrix_parameters(Transformer(self.config.model, self.config.data.seq_len))
+
+    @property
+    def attention_width(self) -> int:
+        """N * H, query heads times head size."""
+        model = self.config.model
+        return model.d_model if self.source is None else model.n_heads * self.source.head_size()
+
+    def describe(self) -> str:
+        """The model in a line."""
+        model, source = self.config.model, self.source
+        name = model.preset if source is None else f"{source.name} ({source.cls.__name__})"
+        lora = f", adapters of rank {model.lora_rank} trained" if model.lora_rank else ""
+        line = (f"{name}: {self.parameters:,} parameters, {model.n_layers} layers of {model.d_model}, "
+                f"{model.n_heads}/{model.n_kv_heads} heads{lora}")  # fmt: skip
+        rates = {} if source is None else dropout_rates(source.config)
+        return f"{line}; dropout of its config ({', '.join(rates)}) set to 0" if rates else line
+
+    def to_state(self, out: Path) -> dict[str, Any]:
+        """What a checkpoint of the run in `out` keeps of it, to be built and exported without its folder or the Hub."""
+        if self.source is None:
+            return {}
+        files = sorted((out / KEPT).glob("*")) if (out / KEPT).is_dir() else []
+        return {"hf": self.source.to_state() | {"tokenizer": {file.name: hash_file(file) for file in files}}}
+
+    def keep_tokenizer(self, out: Path) -> None:
+        """Put the files of the model's tokenizer, and how it generates, where it has them, into the run's folder; once."""
+        if self.source is None or (out / KEPT).exists():
+            return
+        aside = out / f".{KEPT}.writing"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        with suppress(Refused):  # a run on token files needs none
+            Tokenizer(self.source.name).save(aside)
+        self.source.save_generation(aside)
+        aside.rename(out / KEPT)
+
+    def build(self, mesh: DeviceMesh, seq_len: int | None = None, *, weights: bool = True) -> nn.Module:
+        """The model, laid out over the mesh and given segments, on the mesh's device.
+
+        `weights`: False where they are loaded afterwards, from a checkpoint.
+        """
+        train, dtype = self.config.train, parameter_dtype(self.config.train.dtype)
+        if self.source is not None:
+            model = self.source.build(dtype=dtype, seed=train.seed, weights=weights)
+            if self.config.model.lora_rank:
+                model = add_adapters(model, self.config.model, train.seed)
+            return lay_out(self.config, model.to(mesh.device_type).train(), mesh)
+        model = Transformer(self.config.model, seq_len or self.config.data.seq_len, seed=train.seed)
+        return lay_out(self.config, model.to(device=mesh.device_type, dtype=dtype), mesh)
+
+
+def find_model(config: Config, out: Path | None = None) -> Subject:
+    """What a config trains; a model of transformers that a run in `out` has saved is the one that was saved.
+
+    Raises:
+        Refused: no such model, one that cannot be trained exactly, or a setting that does not fit it.
+    """
+    name = config.model.hf
+    if not name:
+        return Subject(config)
+    kept = {}
+    if out is not None:
+        newest = find_checkpoint(out / "checkpoints", fallback=config.checkpoint.fallback)
+        state = {} if newest is None else newest.read_state()
+        kept = state.get("hf", {})
+        if newest is not None and not kept:
+            raise refuse("model.hf", name, f"{out} holds a run of another model; choose another --out")
+    model = config.model
+    if kept:  # its config has been stretched already
+        source = kept_source(kept, name, weights=model.lora_rank > 0)
+    else:
+        source = with_rope_scaling(open_source(name), model.rope_scaling, model.rope_factor)
+    return Subject(with_shape(config, source), source)
+
+
+def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) -> nn.Module:
+    """The config's model, laid out over the mesh and given segments, on the mesh's device."""
+    return find_model(config).build(mesh, seq_len)
+
+
+def lay_out(config: Config, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """A plain model laid out over the mesh as the config says."""
+    parallel = config.parallel
+    return parallelize(
+        model,
+        mesh,
+        strategy=parallel.strategy,
+        inner=parallel.inner,
+        order=parallel.order,
+        head_chunks=parallel.head_chunks,
+        token_chunks=parallel.token_chunks,
+        regather=parallel.regather,
+        fsdp=parallel.fsdp,
+        fsdp_reshard=parallel.fsdp_reshard,
+        checkpointing=config.memory.checkpointing,
+        offload=config.memory.offload,
+        offload_gib=config.memory.offload_gib,
+        offload_path=config.memory.offload_path,
+        kernel=parallel.kernel,
+        transport=parallel.transport,
+        dkv_dtype=parallel.dkv_dtype,
+        precut=True,
+        packed=config.data.packing,
+        tiles=config.memory.tiles,
+        compile=config.train.compile,
+    )
+
+
+def matrix_parameters(model: Transformer) -> int:
+    """Parameters of the plain model that stand in matrix products: all matrices but look-up tables."""
+    total = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and "position_table" not in name)
+    return total if model.lm_head is None else total - model.embedding.weight.numel()

@@ -48,7 +48,7 @@ def test_segments_grow_unless_the_user_says_otherwise(monkeypatch, there, before
         monkeypatch.delenv(name, raising=False)
     for name, value in before.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("lss.cli.main.os.path.exists", lambda path: there)
+    monkeypatch.setattr(os.path, "exists", lambda path: there)
     _expand_segments()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == after
     os.environ.pop("PYTORCH_ALLOC_CONF", None)

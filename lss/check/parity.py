@@ -25,7 +25,7 @@ from lss.data.reader import Batch
 from lss.kernels.dropout import fold
 from lss.mesh import axis_group
 from lss.model import Transformer
-from lss.parallel import Layout, layout_of
+from lss.parallel import AnyLayout, layout_of
 from lss.parallel.fsdp import local_part
 from lss.train.models import build_model
 from lss.train.steps import (
@@ -140,7 +140,7 @@ def _check_length(config: Config, mesh: DeviceMesh, seq_len: int) -> LengthResul
     return LengthResult(seq_len, segment.local_len, loss, loss_one, loss_bound, gradients, counter.rows(), *kept)
 
 
-def _batches(config: Config, layout: Layout | None) -> list[Batch]:
+def _batches(config: Config, layout: AnyLayout | None) -> list[Batch]:
     """The step's micro-batches, with labels masked: more of the beginning in some rows than in others.
 
     Packed sequences are those with most documents, since most hold one piece of a long file.

@@ -160,7 +160,7 @@ def _search(
 
     def attempt(tokens: int, count: int) -> Trial:
         told = parent.ask(kind="steps", variant=candidate.text, tokens=tokens, layers=count, entry=candidate.entry)
-        trial = Trial(tokens, **{key: told.get(key) for key in ("status", "peak_bytes", "limit_bytes", "ms")})
+        trial = Trial(tokens, told["status"], told.get("peak_bytes"), told.get("limit_bytes"), told.get("ms"))
         peaks[tokens, count] = trial.peak_bytes
         peak = "" if trial.peak_bytes is None else f", {trial.peak_bytes / 2**30:.3f} GiB"
         print(f"  {candidate.name}: {tokens:,} tokens, {count} layers: {trial.status}{peak}", flush=True)

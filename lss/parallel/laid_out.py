@@ -10,6 +10,8 @@ from lss.parallel.fsdp import local_part
 from lss.parallel.hf import HFLayout
 from lss.parallel.parallelize import Layout
 
+AnyLayout = Layout | HFLayout
+
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     """Scale all gradients so that their norm is at most `max_norm`; returns the norm before.
@@ -26,7 +28,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     return norm
 
 
-def layout_of(model: nn.Module) -> Layout | HFLayout:
+def layout_of(model: nn.Module) -> AnyLayout:
     """The layout that `parallelize` gave a model."""
     layout = getattr(model, "parallel", None)
     if not isinstance(layout, Layout | HFLayout):

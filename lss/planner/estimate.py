@@ -75,7 +75,7 @@ def _of_blocks(config: Config, blocks: int, logits: int, granularity: int) -> Pe
     tiles = 1
     while tiles < TILES and rows * length // cp * config.model.vocab_size * 4 > tiles * logits:
         tiles *= 2
-    found = []
+    found: list[Ledger] = []
     for tokens in (short, 2 * short):
         ledger = Ledger(granularity, config.model.vocab_size)
         shorter = replace(
@@ -88,10 +88,10 @@ def _of_blocks(config: Config, blocks: int, logits: int, granularity: int) -> Pe
         found.append(ledger)
     factor = (length / cp - short) / short
     try:
-        return stretch(*found, factor, logits).peak()
+        return stretch(found[0], found[1], factor, logits).peak()
     except ValueError:  # chosen otherwise by length: the peaks themselves are drawn out
-        short, long = (ledger.peak() for ledger in found)
-        classes = {name: round(n + factor * (long.classes.get(name, n) - n)) for name, n in short.classes.items()}
+        less, long = (ledger.peak() for ledger in found)
+        classes = {name: round(n + factor * (long.classes.get(name, n) - n)) for name, n in less.classes.items()}
         return replace(long, bytes=sum(classes.values()), classes=classes, host=round(long.host * (1 + factor) / 2))
 
 

@@ -24,7 +24,7 @@ from lss.config.errors import Refused
 from lss.data.reader import Batch
 from lss.mesh import close, init_mesh
 from lss.model import Transformer
-from lss.parallel import clip_grad_norm_, layout_of
+from lss.parallel import Layout, clip_grad_norm_, layout_of
 from lss.planner.ledger import Ledger, Peak
 from lss.train.models import lay_out
 from lss.train.optim import STATE_PART, build_optimizer
@@ -146,6 +146,7 @@ def synthetic_batch(config: Config, model: nn.Module) -> Batch:
     zeros, slots = torch.zeros(rows, T, dtype=torch.int64), torch.arange(rows)
     source, source_segment = None, None
     if config.model.kind == "encoder_decoder":
+        assert isinstance(layout, Layout), "models of transformers are not traced"
         source_segment = layout.source_segment(-(-config.data.seq_len // config.data.source_every))
         source = torch.zeros(rows, source_segment.local_len, dtype=torch.int64)
     return Batch(zeros, zeros.clone(), segment.positions, slots, slots, None, segment, source, source_segment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import multiprocessing as mp
 import os
@@ -25,8 +26,11 @@ _CONTEXT.set_forkserver_preload(
      "tests.faults.ranks"]
 )  # fmt: skip
 
+# A text that is always there: to look through the standard library costs each rank as much as a small run's training.
+TEXT = f"data.path={argparse.__file__}"
 # A model whose step takes milliseconds; a case adds its own overrides behind.
 SMALL = [
+    TEXT,
     "model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.d_mlp=48",
     "data.seq_len=48", "train.batch_size=4", "train.eval_samples=4", "train.eval_every=0", "train.dtype=float64",
     "train.deterministic=true",

@@ -18,8 +18,10 @@ from lss.train.steps import accumulate_gradients
 from lss.train.trainer import Trainer
 from tests.distributed.model_cases import gradient_errors
 from tests.distributed.pool import mesh
+from tests.faults.ranks import TEXT
 
 TINY = [
+    TEXT,
     "model.d_model=32",
     "model.n_layers=2",
     "model.n_heads=4",

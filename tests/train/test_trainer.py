@@ -157,7 +157,7 @@ def test_a_corpus_that_changed_is_refused_on_resume(tmp_path):
 
 
 def test_rows_hold_what_is_promised(tmp_path):
-    run(2, tmp_path, "train.steps=3", "train.eval_every=2", "data.seq_len=48")
+    run(2, tmp_path, "train.steps=3", "train.eval_every=2", "data.seq_len=48", "data.path=''")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     keys = ["step", "loss", "grad_norm", "lr", "tokens_counted", "tokens_per_s", "peak_memory_bytes", "step_time_s", "mfu"]
     assert [list(row)[: len(keys)] for row in rows] == [keys] * 3

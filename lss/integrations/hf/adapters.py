@@ -64,8 +64,9 @@ def _config(settings: ModelConfig) -> Any:
 
     names = [name.strip() for name in settings.lora_targets.split(",") if name.strip()]
     targets = "all-linear" if names == ["all-linear"] else names or None
+    alpha: Any = settings.lora_alpha  # peft takes any number, whatever its types say
     return LoraConfig(
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets, lora_dropout=0.0, bias="none",
+        r=settings.lora_rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none",
         task_type="CAUSAL_LM",
     )  # fmt: skip
 

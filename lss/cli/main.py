@@ -11,6 +11,7 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from lss.cli.bench_options import add_bench
 from lss.config import LARGEST, show
@@ -29,13 +30,16 @@ RANGES = {
     "--processes": (1, 1024),
     "--check-upto": (0, LARGEST),
     "--memory": (1e-6, 1 << 20),
+    "--gpus": (1, 1 << 24),
+    "--price": (0, 1e9),
+    "--tokens": (1, 1e18),
     "--granule": (1, LARGEST),
     "--start": (1, LARGEST),
     "--upto": (1, LARGEST),
     "--steps": (1, 1 << 20),
     "--trial-seconds": (1, 1 << 24),
 }
-VERBS = ("train", "check", "bench", "data", "export", "verify", "report")
+VERBS = ("train", "check", "plan", "bench", "data", "export", "verify", "report")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     _config_arguments(check)
     check.add_argument("--hf", metavar="MODEL", help="a Hugging Face model instead: a folder, or OWNER/NAME on the Hub")
 
+    _add_plan(verbs)
     add_bench(verbs, _Parser)
 
     data = verbs.add_parser("data", help="fetch or describe data")
@@ -102,6 +107,16 @@ def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true",
                         help="records are conversations, or prompt and completion; only answers are trained on")  # fmt: skip
     parser.add_argument("--processes", type=int, default=None, metavar="N", help="default: one a core")
+
+
+def _add_plan(verbs: Any) -> None:
+    plan = verbs.add_parser("plan", help="what a config will take: memory, time, cost",
+                            description="Say what a step takes, on devices that need not be here.")  # fmt: skip
+    plan.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value", help="as for lss train")
+    plan.add_argument("--gpus", type=int, metavar="N", help="devices; sets parallel.dp, and train.batch_size to it at least")
+    plan.add_argument("--gpu", default="h100", metavar="NAME", help="h100 (default), h200, a100, v100 or mi300x")
+    plan.add_argument("--price", type=float, metavar="P", help="of a device and hour, in your money")
+    plan.add_argument("--tokens", type=float, metavar="T", help="say how long training on so many takes")
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,6 +216,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         from lss.cli.check import check
 
         return check(options, arguments)
+    if options.verb == "plan":
+        from lss.cli.plan import plan
+
+        return plan(options)
     if options.verb == "bench":
         from lss.cli.bench import bench
 

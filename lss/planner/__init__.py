@@ -1,8 +1,13 @@
 """What a run will take, read from a trace of the product's own code under tensors without data."""
 
 from lss.planner.estimate import estimate, warning
+from lss.planner.hardware import HARDWARE, Hardware, find_hardware
 from lss.planner.ledger import CLASSES, Ledger, Peak
 from lss.planner.meter import Meter
+from lss.planner.plan import Plan, make_plan
 from lss.planner.trace import StepTrace, trace_step
 
-__all__ = ["CLASSES", "Ledger", "Meter", "Peak", "StepTrace", "estimate", "trace_step", "warning"]
+__all__ = [
+    "CLASSES", "HARDWARE", "Hardware", "Ledger", "Meter", "Peak", "Plan", "StepTrace", "estimate", "find_hardware",
+    "make_plan", "trace_step", "warning",
+]  # fmt: skip

@@ -16,7 +16,7 @@ from lss.offload.saved import LEAST_BYTES
 from lss.planner.ledger import Ledger, Peak, stretch
 from lss.planner.remedies import parts, remedies, size
 from lss.planner.trace import trace_step
-from lss.tiled import LOGITS_BYTES, tile_budget
+from lss.tiled import LOGITS_BYTES, PART_OF_GPU, tile_budget
 from lss.train.memory import sequence_bytes, state_bytes
 
 # Tokens a rank of the shorter trace; the longer one has twice as many.
@@ -25,7 +25,9 @@ SHORT = 1024
 TILES = 8
 
 
-def estimate(config: Config, *, device: torch.device | None = None, granularity: int = 1) -> Peak:
+def estimate(
+    config: Config, *, device: torch.device | None = None, granularity: int = 1, memory: int | None = None
+) -> Peak:
     """The peak of a step of rank 0, drawn out from short traces of two and three blocks.
 
     Tensors are those of a CPU, whose attention kernel's own buffers are counted where the device is another. Packed
@@ -35,6 +37,7 @@ def estimate(config: Config, *, device: torch.device | None = None, granularity:
         config: resolved.
         device: of the run, whose size bounds its tiles; by default a CPU.
         granularity: bytes that an allocation is rounded up to.
+        memory: bytes of a GPU that is not here, in place of `device`.
 
     Raises:
         Refused: what the layout refuses.
@@ -46,7 +49,9 @@ def estimate(config: Config, *, device: torch.device | None = None, granularity:
         parallel=replace(config.parallel, kernel="auto", transport="auto"),
     )
     tiles, V = config.memory.tiles, config.model.vocab_size
-    logits = 4 * V * tiles if isinstance(tiles, int) else tile_budget(device or torch.device("cpu"), LOGITS_BYTES)
+    budget = tile_budget(device or torch.device("cpu"), LOGITS_BYTES)
+    budget = budget if memory is None else min(LOGITS_BYTES, memory // PART_OF_GPU)
+    logits = 4 * V * tiles if isinstance(tiles, int) else budget
     # of one block alone the peak is elsewhere: nothing of another one is kept while it is computed again
     few = _of_blocks(config, min(2, blocks), logits, granularity)
     if blocks <= 2:

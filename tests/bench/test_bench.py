@@ -288,7 +288,7 @@ REFUSALS = [
     (["plot", "absent.jsonl", "--format", "gif"], "--format=gif"),
     (["table"], "give result files"),
     (["table", "--page", "absent.md"], "--page=absent.md"),
-    (["length"], "argument ACTION"),
+    (["breadth"], "argument ACTION"),
 ]
 
 

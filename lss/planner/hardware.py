@@ -1,0 +1,102 @@
+"""What devices can do: memory, rates and links, each number with its source.
+
+Rates are what kernels reach, where they were measured, and a part of the data sheet's peak where not: `measured` says which.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lss.config import show
+from lss.config.errors import refuse
+
+GIGA, TERA = 1e9, 1e12
+# Parts of the peak that a device which was not measured is taken to reach; those of an H100 here, rounded down.
+MATRIX_PART, ATTENTION_PART = 0.6, 0.5
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of device and the links between them.
+
+    Attributes:
+        memory: bytes of a device.
+        peak: FLOP/s of dense bfloat16 (float16 where there is none), by which MFU is told.
+        matrices: FLOP/s of matrix products.
+        attention: head size -> ((tokens, FLOP/s), ...): forward and backward of causal attention, 3.5 units of which a
+            forward is one; between lengths by a straight line over their logarithms.
+        bandwidth: bytes/s of device memory.
+        link: bytes/s that one device sends another of its host; `network`: of another host.
+        per_host: devices of a host.
+        watts: what a device takes under load.
+        measured: whether rates were measured, by this library's benches or others'.
+        source: of the numbers.
+    """
+
+    name: str
+    memory: float
+    peak: float
+    matrices: float
+    attention: Mapping[int, tuple[tuple[int, float], ...]]
+    bandwidth: float
+    link: float
+    network: float
+    per_host: int
+    watts: float
+    measured: bool
+    source: str
+
+
+def _unmeasured(name: str, gib: float, peak: float, bandwidth: float, link: float, network: float, per_host: int,
+                watts: float, source: str) -> Hardware:  # fmt: skip
+    rate = ATTENTION_PART * peak * TERA
+    return Hardware(
+        name, gib * 2**30, peak * TERA, MATRIX_PART * peak * TERA, {64: ((8192, rate),), 128: ((8192, rate),)},
+        bandwidth * GIGA, link * GIGA, network * GIGA, per_host, watts, False, source,
+    )  # fmt: skip
+
+
+HARDWARE = {
+    "h100": Hardware(
+        "H100 SXM 80GB", 79.1 * 2**30, 989 * TERA, 610 * TERA,
+        {64: ((8192, 458 * TERA), (16384, 549 * TERA), (131072, 511 * TERA)),
+         128: ((8192, 533 * TERA), (16384, 604 * TERA), (131072, 612 * TERA))},
+        3350 * GIGA, 339 * GIGA, 50 * GIGA, 8, 700, True,
+        "benchmarks/results (step-parts-h100, probe-2xh100: flash-attn-4, matrix products by tiles, copies over NVLink); "
+        "memory bandwidth, network (one 400 Gb/s port a GPU) and power by NVIDIA's data sheet and DGX H100's",
+    ),
+    "h200": _unmeasured("H200 SXM 141GB", 139.8, 989, 4800, 339, 50, 8, 700, "NVIDIA's data sheet of H200 and HGX H200"),
+    "a100": _unmeasured("A100 SXM 80GB", 79.1, 312, 2039, 240, 25, 8, 400, "NVIDIA's data sheet of A100 and DGX A100"),
+    "v100": _unmeasured("V100 SXM2 16GB, Summit", 15.8, 125, 900, 45, 4.2, 6, 300,
+                        "NVIDIA's data sheet of V100 (float16); Summit: six a node, NVLink 2 at 50 GB/s a direction between "
+                        "three, two 100 Gb/s ports a node (OLCF user guide)"),
+    "mi300x": _unmeasured("MI300X 192GB", 191.5, 1307, 5300, 50, 50, 8, 750, "AMD's data sheet of MI300X"),
+}  # fmt: skip
+
+
+def find_hardware(name: str) -> Hardware:
+    """The device of this name.
+
+    Raises:
+        Refused: there is none.
+    """
+    if name.lower() not in HARDWARE:
+        near = difflib.get_close_matches(name.lower(), HARDWARE, n=1, cutoff=0.0)[0]
+        raise refuse("--gpu", show(name), f"unknown; use one of {', '.join(HARDWARE)}; nearest is {near}")
+    return HARDWARE[name.lower()]
+
+
+def attention_rate(hardware: Hardware, head_size: int, tokens: int) -> float:
+    """FLOP/s of causal attention, forward and backward, over sequences of so many tokens with heads of this size."""
+    size = min(hardware.attention, key=lambda known: abs(known - head_size))
+    points = hardware.attention[size]
+    if tokens <= points[0][0]:
+        return points[0][1]
+    for (a, low), (b, high) in itertools.pairwise(points):
+        if tokens <= b:
+            return low + (high - low) * math.log(tokens / a) / math.log(b / a)
+    return points[-1][1]

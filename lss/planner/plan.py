@@ -1,0 +1,220 @@
+"""What a config will take on a kind of device, before there is one: memory by class, seconds a step, and what they are of.
+
+Memory, collectives and the FLOPs of matrix products are read from short traces of the product's own code and drawn out to
+the run's length and depth, along which they grow linearly. Scores of attention are counted as `lss.flops` counts them, for
+the rank that has most. Rates are the device's (`lss.planner.hardware`). What is not modelled: evaluation, saves, reading
+data, a network that others use, and clocks that fall under load.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lss.config import Config
+from lss.flops import model_flops
+from lss.model.size import parameter_count
+from lss.planner.estimate import SHORT, estimate
+from lss.planner.hardware import Hardware, attention_rate
+from lss.planner.ledger import Peak
+from lss.planner.trace import trace_step
+from lss.segment import make_segment
+from lss.segment.documents import scores_seen
+
+# A part of a gather that is not hidden behind attention where transfers are staged: the keys that the first call waits for.
+FIRST_STAGE = 0.25
+GRANULARITY = 512  # of CUDA's caching allocator
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank does in a step.
+
+    Attributes:
+        peak: memory, as of `estimate`; `room`: bytes of the device.
+        seconds: by part: "attention", "matrices", "exchange" (what attention does not hide), "gradients" (summing that
+            backward does not hide), "update".
+        payload: bytes of collectives by purpose.
+        flops: model FLOPs of the whole step, all ranks, by which MFU is told.
+        tokens: of a step, all ranks.
+        ranks: of the run.
+    """
+
+    peak: Peak
+    room: int
+    seconds: dict[str, float]
+    payload: dict[str, int]
+    flops: float
+    tokens: int
+    ranks: int
+    hardware: Hardware
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the device's memory."""
+        return self.peak.bytes <= self.room
+
+    @property
+    def step(self) -> float:
+        """Seconds a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over the peak of all devices."""
+        return self.flops / self.step / self.ranks / self.hardware.peak
+
+
+def make_plan(config: Config, hardware: Hardware) -> Plan:
+    """The plan of a config, resolved for its number of ranks, on this hardware.
+
+    Raises:
+        Refused: what the layout refuses.
+    """
+    config = replace(config, data=replace(config.data, packing=False), train=replace(config.train, compile=False))
+    per_host = min(hardware.per_host, _ranks(config))
+    peak = estimate(config, granularity=GRANULARITY, memory=int(hardware.memory))
+    products, payload = _traced(config, per_host)
+    attention = _attention_flops(config)
+    seconds = {
+        "attention": attention / attention_rate(hardware, _head_size(config), config.data.seq_len),
+        "matrices": products / hardware.matrices,
+    }
+    seconds["exchange"] = _exposed(config, hardware, payload, seconds["attention"])
+    seconds["gradients"] = _summing(config, hardware, payload, sum(seconds.values()))
+    # weights, gradients and both moments are read, and all but the gradients written
+    state = sum(peak.classes.get(name, 0) for name in ("weights", "optimizer", "gradients"))
+    seconds["update"] = 2 * state / hardware.bandwidth
+    tokens = config.train.batch_size * config.data.seq_len
+    return Plan(peak, int(hardware.memory), seconds, payload, _model_flops(config), tokens, _ranks(config), hardware)
+
+
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, by torch's own formulas; attention's operators are not among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in _PRODUCTS:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _ranks(config: Config) -> int:
+    assert isinstance(config.parallel.cp, int)
+    return config.parallel.cp * config.parallel.dp
+
+
+def _head_size(config: Config) -> int:
+    return config.model.d_model // config.model.n_heads
+
+
+def _rows(config: Config) -> int:
+    return config.train.batch_size // config.parallel.dp
+
+
+def _model_flops(config: Config) -> float:
+    model, S = config.model, config.data.seq_len
+    with torch.device("meta"):
+        tables = 0 if model.tie_embeddings else model.vocab_size * model.d_model
+    learned = S * model.d_model if model.positions == "learned" else 0
+    matrices = parameter_count(model, S) - tables - learned
+    return model_flops(matrices, model.d_model, S, config.train.batch_size, config.train.batch_size * _scores(config))
+
+
+def _scores(config: Config) -> float:
+    """Visible scores of one head of a sequence, all layers, a causal square as half of one."""
+    model, S = config.model, config.data.seq_len
+    causal = model.kind != "encoder"
+    scores = scores_seen((0, S), causal, model.windows, model.n_layers)
+    return scores - (model.n_layers * S / 2 if causal and not model.windows else 0)
+
+
+def _attention_flops(config: Config) -> float:
+    """Forward and backward of the rank that has most, with what checkpointing computes again."""
+    cp, S = config.parallel.cp, config.data.seq_len
+    assert isinstance(cp, int)
+    units = 3.5 + (1.0 if config.memory.checkpointing == "full" else 0.0)
+    share = 1.0 / cp
+    if config.parallel.order == "contiguous" and config.parallel.strategy.startswith("lss") and not config.model.windows:
+        last = make_segment(S, cp=cp, rank=cp - 1, order="contiguous").positions
+        share = float((last.clamp(max=S - 1) + 1).sum()) / (S * (S + 1) / 2)
+    # a score of one head is 2 H in Q K^T and 2 H in P V
+    return units * 4 * config.model.d_model * _scores(config) * share * _rows(config)
+
+
+def _traced(config: Config, per_host: int) -> tuple[float, dict[str, int]]:
+    """(FLOPs of matrix products, bytes of collectives by purpose) of rank 0, drawn out from traces of 2 and 3 blocks."""
+    blocks = config.model.n_layers
+    few = _of_blocks(config, min(2, blocks), per_host)
+    if blocks <= 2:
+        return few
+    more = _of_blocks(config, 3, per_host)
+    purposes = few[1].keys() | more[1].keys()
+    payload = {p: few[1].get(p, 0) + (more[1].get(p, 0) - few[1].get(p, 0)) * (blocks - 2) for p in sorted(purposes)}
+    return few[0] + (more[0] - few[0]) * (blocks - 2), payload
+
+
+def _of_blocks(config: Config, blocks: int, per_host: int) -> tuple[float, dict[str, int]]:
+    config = replace(
+        config,
+        model=replace(config.model, n_layers=blocks),
+        parallel=replace(config.parallel, kernel="auto", transport="auto"),
+        memory=replace(config.memory, offload="none"),
+    )
+    cp, length = config.parallel.cp, config.data.seq_len
+    assert isinstance(cp, int)
+    if length <= 2 * SHORT * cp:
+        return _counted(config, per_host)
+    short, long = (
+        _counted(replace(config, data=replace(config.data, seq_len=tokens * cp)), per_host) for tokens in (SHORT, 2 * SHORT)
+    )
+    factor = (length / cp - SHORT) / SHORT
+
+    def drawn(a: float, b: float) -> float:
+        return a + factor * (b - a)
+
+    payload = {purpose: round(drawn(short[1].get(purpose, 0), size)) for purpose, size in long[1].items()}
+    return drawn(short[0], long[0]), payload
+
+
+def _counted(config: Config, per_host: int) -> tuple[float, dict[str, int]]:
+    with Products() as products:
+        trace = trace_step(config, ranks_per_node=per_host)
+    payload: Counter[str] = Counter()
+    for (_, purpose, _), tally in trace.collectives.items():
+        payload[purpose] += tally.bytes
+    return float(products.flops), dict(payload)
+
+
+def _exposed(config: Config, hardware: Hardware, payload: dict[str, int], attention: float) -> float:
+    """Seconds of the exchange of keys that attention does not hide."""
+    cp = config.parallel.cp
+    assert isinstance(cp, int)
+    size = sum(payload.get(purpose, 0) for purpose in ("kv", "dkv"))
+    if cp == 1 or not size:
+        return 0.0
+    near = cp <= hardware.per_host
+    seconds = size * (cp - 1) / cp / (hardware.link if near else hardware.network)
+    chunks = config.parallel.head_chunks if isinstance(config.parallel.head_chunks, int) else 1
+    first = seconds * (FIRST_STAGE if near else 1.0) / chunks
+    return first + max(0.0, seconds - first - attention)
+
+
+def _summing(config: Config, hardware: Hardware, payload: dict[str, int], computing: float) -> float:
+    """Seconds in which gradients are summed and backward, two thirds of a step, does not hide it."""
+    size, ranks = payload.get("gradients", 0) + payload.get("parameters", 0), _ranks(config)
+    if ranks == 1 or not size:
+        return 0.0
+    rate = hardware.link if ranks <= hardware.per_host else hardware.network
+    # an all-reduce moves each byte twice
+    return max(0.0, 2 * size * (ranks - 1) / ranks / rate - computing * 2 / 3)

@@ -1,0 +1,85 @@
+"""`lss plan`: what it draws out is what a trace at full size says, and what a run on GPUs took."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lss.cli import main
+from lss.config import load_config
+from lss.planner import HARDWARE, find_hardware, make_plan
+from lss.planner.estimate import SHORT
+from lss.planner.hardware import attention_rate
+from lss.planner.plan import _attention_flops, _counted, _traced
+from tests.test_house import ROOT
+
+SMALL = ["model.d_model=32", "model.n_layers=5", "model.n_heads=4", "model.n_kv_heads=2", "model.d_mlp=48",
+         "train.dtype=float32"]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", [
+    ["memory.checkpointing=full", "parallel.order=contiguous"], ["parallel.strategy=tp", "model.n_kv_heads=4"],
+    ["memory.checkpointing=attention", "parallel.regather=false", "parallel.dp=2"],
+])  # fmt: skip
+def test_what_is_drawn_out_is_what_a_whole_trace_says(overrides):
+    world = 4 if "parallel.dp=2" in overrides else 2
+    config = load_config(None, [*SMALL, "train.batch_size=2", f"data.seq_len={3 * SHORT * 2}", *overrides]).resolved(world)
+    assert _traced(config, world) == _counted(config, world)
+
+
+def test_time_and_memory_of_a_step_on_two_gpus():
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/train-2xh100.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["strategy"] == "lss" and row["model"] == "llama-3.2-1b"]
+    config = load_config(str(ROOT / "configs/llama-1b.toml"), [f"data.seq_len={row['tokens']}"]).resolved(row["world_size"])
+    plan = make_plan(config, HARDWARE["h100"])
+    assert plan.fits
+    assert plan.step == pytest.approx(row["ms"] / 1e3, rel=0.15)
+    assert plan.mfu == pytest.approx(row["mfu"], rel=0.15)
+    assert plan.peak.bytes == pytest.approx(row["peak_bytes"], rel=0.15)
+
+
+def test_the_last_rank_of_a_contiguous_cut_sets_the_time():
+    orders = {order: load_config(None, [*SMALL, f"parallel.order={order}", "data.seq_len=4096"]).resolved(4)
+              for order in ("head_tail", "contiguous")}  # fmt: skip
+    flops = {order: _attention_flops(config) for order, config in orders.items()}
+    assert flops["contiguous"] / flops["head_tail"] == pytest.approx(4 * (1 - 0.75**2), rel=1e-3)
+
+
+def test_rates_lie_between_those_that_were_measured():
+    h100 = find_hardware("H100")
+    rates = [attention_rate(h100, 128, tokens) for tokens in (1024, 8192, 12000, 16384, 50000, 131072, 1 << 20)]
+    assert rates == sorted(rates)
+    assert rates[0] == rates[1] == 533e12
+    assert rates[-1] == rates[-2] == 612e12
+
+
+def test_the_command(capsys):
+    line = ["plan", *SMALL, "parallel.cp=144", "data.seq_len=50112", "--gpus", "3456", "--gpu", "v100"]
+    assert main([*line, "--price", "2", "--tokens", "1e12"]) == 0
+    told = capsys.readouterr().out
+    assert "3,456 x V100" in told
+    assert "cp=144, dp=24" in told
+    assert "24 x 50,112 tokens a step" in told
+    assert "fits" in told
+    assert "at 2 an hour" in told
+    assert "days" in told
+    assert "none of them measured" in told
+
+
+def test_what_does_not_fit_is_told_with_what_would_help(capsys):
+    assert main(["plan", "model.preset=llama-3.1-8b", "model.n_layers=2", "data.seq_len=4096", "--gpu", "v100"]) == 1
+    told = capsys.readouterr().out
+    assert "does not fit" in told
+    assert "less is needed with" in told
+
+
+@pytest.mark.parametrize("line, said", [
+    (["--gpu", "h10"], "--gpu='h10'"), (["parallel.cp=3", "--gpus", "8"], "--gpus=8"), (["--gpus", "0"], "--gpus=0"),
+    (["model.hf=somebody/model"], "model.hf"), (["model.preset=tiny-encoder-decoder"], "model.kind"),
+])  # fmt: skip
+def test_refusals(capsys, line, said):
+    assert main(["plan", *SMALL, *line]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.strip().splitlines()) == 1

@@ -113,7 +113,10 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory could not be had: a GPU's, the host's, or a library's wording of either."""
     text = str(error).lower()
     words = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and any(w in text for w in words))
+    # torch's own error by its name: torch takes seconds to import, and this is asked before it is
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(word in text for word in words)
 
 
 # Where a control group of either version tells its limit, and what is in use of it.

@@ -60,7 +60,7 @@ def test_rivals_that_need_a_gpu_say_so(name):
 
 def test_the_folder_has_the_rivals_that_the_readme_lists():
     text = (FOLDER / "README.md").read_text()
-    assert len(ADAPTERS) == 6
+    assert len(ADAPTERS) == 7
     for name in ADAPTERS:
         assert f"`{name}.py`" in text
 

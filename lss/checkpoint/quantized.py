@@ -36,7 +36,7 @@ def joined(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, loaded: di
     low_bit: Any = optimizer
     if not hasattr(low_bit, "_new_buffer"):  # torchao's own; it has no public way to make a state
         return
-    for key in {name.removesuffix(CODES).removesuffix(SCALE) for name, x in loaded.items() if x.dim()}:
+    for key in sorted({name.removesuffix(CODES).removesuffix(SCALE) for name, x in loaded.items() if x.dim()}):
         signed = key == "exp_avg"
         state = low_bit._new_buffer(parameter, signed)
         part: Any = local_of(state)

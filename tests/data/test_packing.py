@@ -38,7 +38,8 @@ def test_long_tailed_lengths_waste_little(median, sigma, count, seq_len):
 
 @pytest.mark.parametrize("seq_len", [2048, 4096, 16384, 65536])
 def test_real_files_waste_little(seq_len):
-    assert pack(np.array(LIBRARY.sizes), seq_len, 0).waste <= 0.01
+    # distributions of Python have more or fewer files: 0.6 to 1.1 %
+    assert pack(np.array(LIBRARY.sizes), seq_len, 0).waste <= 0.015
 
 
 def test_a_hundred_thousand_documents_take_a_moment():

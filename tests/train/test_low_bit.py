@@ -36,7 +36,7 @@ def run(ranks: int, out: str, steps: int, overrides: list[str]):
     for name, tensor in sorted(full_state_dict(trainer.model).items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     for _, parameter in sorted(trainer.model.named_parameters()):
-        for key, state in trainer.optimizer.state[parameter].items():
+        for key, state in sorted(trainer.optimizer.state[parameter].items()):  # a resumed run has them in another order
             state = getattr(state, "_local_tensor", state)
             kinds.add((key, hasattr(state, "codes")))
             for x in (state.codes, state.scale) if hasattr(state, "codes") else (state,):

@@ -163,7 +163,7 @@ def test_rows_hold_what_is_promised(tmp_path):
     assert [list(row)[: len(keys)] for row in rows] == [keys] * 3
     assert [row["tokens_counted"] for row in rows] == [4 * 48] * 3
     assert ["eval_loss" in row for row in rows] == [False, True, True]
-    assert rows[0]["loss"] == pytest.approx(5.55, abs=0.1)  # ln 256: it knows nothing yet
+    assert rows[0]["loss"] == pytest.approx(5.55, abs=0.3)  # ln 256: it knows nothing yet of a few bytes
     assert verify(tmp_path / "checkpoints" / "step_3").step == 3
 
 

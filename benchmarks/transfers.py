@@ -16,6 +16,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
+from graphs import differentiated
 
 import lss
 from lss.bench.candidates import Inputs, our_candidates
@@ -55,18 +56,6 @@ class Setting:
     @property
     def streams(self) -> bool:
         return self._signals is not None
-
-
-def differentiated(call, tensors):
-    """Forward and backward: returns the output and the gradients of q, k and v."""
-    *qkv, dout = tensors
-    leaves = [x.detach().clone().requires_grad_() for x in qkv]
-
-    def step():
-        out = call(*leaves)
-        return out.detach(), *torch.autograd.grad(out, leaves, dout)
-
-    return step
 
 
 def timed(step) -> float:

@@ -142,19 +142,17 @@ class CudaPeerMemory(PeerMemory):
         self._handle = handle
         return views
 
-    def signal_by_streams(self) -> bool:
+    def signal_by_streams(self) -> None:
         """Let barriers be memory operations of the stream in place of kernels, where that works; collective.
 
         A kernel that waits for a peer holds a multiprocessor, and attention's last blocks then wait for that one.
         """
         signals = StreamSignals.opened(self.buffer("signals", 4 * len(STEPS) * self.size), self.rank, STEPS, self._stream)
         if not _agreed(signals is not None, self.group, self._device):
-            return False
+            return
         assert signals is not None
-        if not _agreed(signals.trial(), self.group, self._device):
-            return False
-        self._signals, self.staged_bytes = signals, STAGED_BYTES
-        return True
+        if _agreed(signals.trial(), self.group, self._device):
+            self._signals, self.staged_bytes = signals, STAGED_BYTES
 
     def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, aside: bool) -> None:
         if not places:

@@ -18,17 +18,18 @@ from torch.utils.flop_counter import flop_registry
 
 from lss.config import Config
 from lss.flops import model_flops
-from lss.model.size import parameter_count
 from lss.planner.estimate import SHORT, estimate
 from lss.planner.hardware import Hardware, attention_rate
 from lss.planner.ledger import Peak
 from lss.planner.trace import trace_step
 from lss.segment import make_segment
 from lss.segment.documents import scores_seen
+from lss.train.models import find_model
 
 # A part of a gather that is not hidden behind attention where transfers are staged: the keys that the first call waits for.
 FIRST_STAGE = 0.25
 GRANULARITY = 512  # of CUDA's caching allocator
+_SUMMED = ("gradients", "parameters")
 _PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
 
@@ -123,12 +124,8 @@ def _rows(config: Config) -> int:
 
 
 def _model_flops(config: Config) -> float:
-    model, S = config.model, config.data.seq_len
-    with torch.device("meta"):
-        tables = 0 if model.tie_embeddings else model.vocab_size * model.d_model
-    learned = S * model.d_model if model.positions == "learned" else 0
-    matrices = parameter_count(model, S) - tables - learned
-    return model_flops(matrices, model.d_model, S, config.train.batch_size, config.train.batch_size * _scores(config))
+    rows, matrices = config.train.batch_size, find_model(config).matrix_parameters
+    return model_flops(matrices, config.model.d_model, config.data.seq_len, rows, rows * _scores(config))
 
 
 def _scores(config: Config) -> float:
@@ -197,14 +194,16 @@ def _counted(config: Config, per_host: int) -> tuple[float, dict[str, int]]:
 
 
 def _exposed(config: Config, hardware: Hardware, payload: dict[str, int], attention: float) -> float:
-    """Seconds of the exchange of keys that attention does not hide."""
+    """Seconds of the exchange of keys that attention does not hide, and of all that other strategies exchange."""
     cp = config.parallel.cp
     assert isinstance(cp, int)
-    size = sum(payload.get(purpose, 0) for purpose in ("kv", "dkv"))
-    if cp == 1 or not size:
+    if cp == 1:
         return 0.0
     near = cp <= hardware.per_host
-    seconds = size * (cp - 1) / cp / (hardware.link if near else hardware.network)
+    rate = (hardware.link if near else hardware.network) * cp / (cp - 1)
+    if not config.parallel.strategy.startswith("lss"):  # what waits for it is computed next
+        return sum(n for purpose, n in payload.items() if purpose not in _SUMMED) / rate
+    seconds = sum(payload.get(purpose, 0) for purpose in ("kv", "dkv")) / rate
     chunks = config.parallel.head_chunks if isinstance(config.parallel.head_chunks, int) else 1
     first = seconds * (FIRST_STAGE if near else 1.0) / chunks
     return first + max(0.0, seconds - first - attention)
@@ -212,7 +211,7 @@ def _exposed(config: Config, hardware: Hardware, payload: dict[str, int], attent
 
 def _summing(config: Config, hardware: Hardware, payload: dict[str, int], computing: float) -> float:
     """Seconds in which gradients are summed and backward, two thirds of a step, does not hide it."""
-    size, ranks = payload.get("gradients", 0) + payload.get("parameters", 0), _ranks(config)
+    size, ranks = sum(payload.get(purpose, 0) for purpose in _SUMMED), _ranks(config)
     if ranks == 1 or not size:
         return 0.0
     rate = hardware.link if ranks <= hardware.per_host else hardware.network

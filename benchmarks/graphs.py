@@ -18,25 +18,12 @@ import torch.distributed as dist
 
 import lss
 from lss.bench.candidates import Inputs, our_candidates
+from lss.bench.graphs import captured
 from lss.comm import cp_communicator
 from lss.kernels import pick_kernel, single_attention
 
 N, K, H = 32, 8, 128
 REPEAT = 20
-
-
-def captured(step):
-    """(the step as a graph, its results): warmed up on a side stream, as capture asks for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph.replay, results
 
 
 def timed(run) -> float:
@@ -81,9 +68,9 @@ def measure(mesh, tokens: int) -> list[dict]:
                "kernel": pick_kernel("auto", whole[0]).name, "world_size": mesh.size(),
                "gpu": torch.cuda.get_device_name(), "ms": round(eager, 3)}  # fmt: skip
         try:
-            replay, results = captured(step)
+            replay = captured(step)
             for _ in range(3):
-                replay()
+                results = replay()
             pairs = zip(results, expected, strict=True)
             worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
             row |= {"graph_ms": round(timed(replay), 3), "graph_error": worst, "status": "ok" if worst < 5e-3 else "failed"}

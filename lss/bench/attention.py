@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from lss.bench import oracle
+from lss.bench import graphs, oracle
 from lss.bench.candidates import (
     Candidate,
     Inputs,
@@ -63,12 +63,16 @@ class Run:
 
 
 class Cell:
-    """All candidates at one head shape and length: the data, the truth, the rounds and the rows."""
+    """All candidates at one head shape and length: the data, the truth, the rounds and the rows.
+
+    `graph`: each step is captured as a CUDA graph, and its replay is what is checked and timed.
+    """
 
     def __init__(
         self, plan: AttentionPlan, heads: Heads, tokens: int, rivals: Sequence[Candidate], clock: Clock, results: Results,
-        facts: Row,
+        facts: Row, *, graph: bool = False,
     ) -> None:  # fmt: skip
+        self.graph = graph
         self.plan, self.heads, self.tokens, self.clock, self.results, self.facts = plan, heads, tokens, clock, results, facts
         comm, device, dtype = clock.comm, clock.device, DTYPES[plan.dtype]
         like = torch.empty(1, 1, 1, 1, dtype=dtype, device=device).expand(plan.batch, tokens, heads.N, heads.H)
@@ -89,7 +93,7 @@ class Cell:
         known = {
             "bench": "attention", "strategy": candidate.strategy, "kernel": candidate.kernel, "rival": candidate.rival,
             "order": None if one else candidate.order, "options": candidate.options, "layers": 1, "tokens": self.tokens,
-            "batch": self.plan.batch, "heads": str(self.heads), "dtype": self.plan.dtype,
+            "batch": self.plan.batch, "heads": str(self.heads), "dtype": self.plan.dtype, "graph": self.graph or None,
         }  # fmt: skip
         return full_row(known | ({"world_size": 1} if one else {}), self.facts)
 
@@ -138,7 +142,7 @@ class Cell:
         if run.ok:
             run.found["outside_bytes"] = self._outside_bytes(outside)
             run.status = self.clock.attempt(partial(self._count, run))[1] or "ok"
-        if run.ok and run.local_step is not None and self.clock.attempt(run.local_step)[1] is not None:
+        if run.ok and run.local_step is not None and self.clock.attempt(partial(self._take_local, run))[1] is not None:
             run.local_step = None
         self.clock.tidy()
         self.results.end()
@@ -160,7 +164,15 @@ class Cell:
 
     def _take_first(self, run: Run) -> None:
         assert run.step is not None
+        if self.graph:
+            run.step = graphs.captured(run.step)
         self._check(run, run.step())
+
+    def _take_local(self, run: Run) -> None:
+        assert run.local_step is not None
+        if self.graph:
+            run.local_step = graphs.captured(run.local_step)
+        run.local_step()
 
     def _check(self, run: Run, results: StepResults) -> None:
         """Hold results to the truth. No collective: what comes back differs by rank until `_judge`."""
@@ -196,6 +208,8 @@ class Cell:
         assert run.step is not None
         with count_collectives() as counter:
             run.estimate = self.clock.time(run.step)[0]
+        if self.graph:  # its memory is its own for good, and its collectives pass by what counts them
+            return
         run.found["peak_bytes"] = torch.cuda.max_memory_allocated() - before if cuda else None
         # a rival's own collectives are not ours to count
         known = run.candidate.rival is None
@@ -305,13 +319,14 @@ def bench_attention(
     new: list[Row] = []
     for heads in plan.heads:
         for tokens in plan.lengths:
-            cell = Cell(plan, heads, tokens, rivals, clock, results, facts)
-            for row in _measure(cell) if cell.runs else []:
-                results.add(row)
-                on_row(row)
-                new.append(row)
-            del cell
-            clock.tidy()
+            for graph in (False, True) if tokens <= plan.graphs_upto else (False,):
+                cell = Cell(plan, heads, tokens, rivals, clock, results, facts, graph=graph)
+                for row in _measure(cell) if cell.runs else []:
+                    results.add(row)
+                    on_row(row)
+                    new.append(row)
+                del cell
+                clock.tidy()
     return new
 
 

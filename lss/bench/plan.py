@@ -69,6 +69,7 @@ class AttentionPlan:
         only: measure those candidates alone whose name, heads and tokens contain one of these words; all if empty.
         repeat: rounds at most; fewer, but 3 at least, where a candidate would take more than `seconds` in a cell.
         check_upto: tokens up to which gradients of keys are held to the truth too.
+        graphs_upto: tokens up to which every candidate is measured a second time as a CUDA graph; 0: never.
     """
 
     lengths: Sequence[int]
@@ -85,6 +86,7 @@ class AttentionPlan:
     check_upto: int = 131072
     yardsticks: Sequence[str] = ()
     only: Sequence[str] = ()
+    graphs_upto: int = 0
 
     def validate(self, ranks: int) -> None:
         """Refuse names that there are not, before any rank is started.
@@ -105,6 +107,8 @@ class AttentionPlan:
         for option, numbers in (("--lengths", self.lengths), ("--repeat", [self.repeat]), ("--batch", [self.batch])):
             if not numbers or min(numbers) < 1:
                 raise refuse(option, ",".join(map(str, numbers)), "give whole numbers, 1 or more")
+        if self.graphs_upto < 0:
+            raise refuse("--graphs-upto", self.graphs_upto, "give a number of tokens, or 0 for none")
         short = [length for length in self.lengths if length < ranks]
         if short:
             raise refuse("--lengths", short[0], f"fewer tokens than the {ranks} ranks; give longer sequences")

@@ -33,7 +33,7 @@ def plot_attention(rows: Sequence[Row], folder: Path, form: str = "svg") -> list
     Raises:
         Refused: matplotlib is not installed, or the folder cannot be written.
     """
-    good = [row for row in rows if row["bench"] == "attention" and row["status"] == "ok"]
+    good = [row for row in rows if row["bench"] == "attention" and row["status"] == "ok" and not row.get("graph")]
     written = []
     for group in dict.fromkeys((row["heads"], row["dtype"], row["gpu"], row["batch"]) for row in good):
         mine = [row for row in good if (row["heads"], row["dtype"], row["gpu"], row["batch"]) == group]

@@ -21,13 +21,13 @@ Row = dict[str, Any]
 # In a row's order. What a bench does not know, or what does not exist there, is null.
 KEYS = (
     "bench", "strategy", "kernel", "rival", "order", "options", "model", "layers", "tokens", "batch", "heads", "dtype",
-    "world_size", "gpu", "ms", "spread", "rounds", "ideal_ms", "no_comm_ms", "tokens_per_s", "tflops", "mfu", "error",
-    "peak_bytes", "limit_bytes", "token_layer_bytes", "confirmed", "outside_bytes", "payload_bytes", "calls", "status",
-    "commit", "versions", "command",
+    "graph", "world_size", "gpu", "ms", "spread", "rounds", "ideal_ms", "no_comm_ms", "tokens_per_s", "tflops", "mfu",
+    "error", "peak_bytes", "limit_bytes", "token_layer_bytes", "confirmed", "outside_bytes", "payload_bytes", "calls",
+    "status", "commit", "versions", "command",
 )  # fmt: skip
 # What makes two rows measurements of the same thing.
 IDENTITY = ("bench", "strategy", "kernel", "rival", "order", "options", "model", "layers", "tokens", "batch", "heads",
-            "dtype", "world_size", "gpu")  # fmt: skip
+            "dtype", "graph", "world_size", "gpu")  # fmt: skip
 # Packages whose versions decide a time, where they are installed.
 PACKAGES = ("flash-attn-4", "nvidia-cutlass-dsl", "triton", "nvidia-nccl-cu13", "nvidia-cudnn-cu13", "liger-kernel")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 
 from lss.bench.candidates import ONE_DEVICE
@@ -179,11 +180,12 @@ def tables_of(rows: Sequence[Row]) -> str:
         for heads in dict.fromkeys(row["heads"] for row in alike):
             same = [row for row in alike if row["heads"] == heads]
             sizes = dict.fromkeys(row["world_size"] for row in same if row["strategy"] != ONE_DEVICE) or {1: None}
-            for ranks in sizes:
-                mine = [row for row in same if _fits(row, {"world_size": str(ranks)})]
+            for ranks, graph in product(sizes, dict.fromkeys(row.get("graph") for row in same)):
+                mine = [row for row in same if _fits(row, {"world_size": str(ranks), "graph": str(graph)})]
+                how = f"{heads} heads, {dtype}, {ranks} ranks, {gpu}{', as CUDA graphs' if graph else ''}"
                 for name, (of, make) in TABLES.items():
                     if of == bench:
-                        parts.append(f"### {name}: {heads} heads, {dtype}, {ranks} ranks, {gpu}\n\n{make(mine)}\n")
+                        parts.append(f"### {name}: {how}\n\n{make(mine)}\n")
     return "\n".join(parts)
 
 
@@ -200,7 +202,8 @@ def _marked(words: list[str], folder: Path) -> str:
     if len(words) < 2 or words[0] not in TABLES:
         raise Refused(f"table {' '.join(words)}: write NAME FILES KEY=VALUE ..., NAME one of {', '.join(TABLES)}.")
     bench, make = TABLES[words[0]]
-    wanted = dict(word.split("=", 1) for word in words[2:])
+    # steps issued call by call, unless graphs are asked for
+    wanted = {"graph": "None"} | dict(word.split("=", 1) for word in words[2:])
     rows = [row for row in read_rows(sorted(folder.glob(words[1]))) if row["bench"] == bench and _fits(row, wanted)]
     return make(rows) if rows else UNMEASURED
 
@@ -208,7 +211,7 @@ def _marked(words: list[str], folder: Path) -> str:
 def _fits(row: Row, wanted: dict[str, str]) -> bool:
     # one device's rows are the yardstick beside any number of ranks
     return all(
-        str(row[key] if not isinstance(row[key], dict) else json.dumps(row[key])) == value
+        str(json.dumps(row[key]) if isinstance(row.get(key), dict) else row.get(key)) == value
         or (key == "world_size" and row["strategy"] in (ONE_DEVICE, "plain"))
         for key, value in wanted.items()
     )

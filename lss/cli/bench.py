@@ -92,8 +92,11 @@ def _attention_plan(options: argparse.Namespace, ranks: int) -> AttentionPlan:
         options=[parse_options(text) for text in options.options], rivals=load_rivals(options.rivals),
         dtype=options.dtype or DTYPE[device], batch=options.batch, repeat=options.repeat, seconds=options.seconds,
         check_upto=options.check_upto, yardsticks=_words(options.yardsticks), only=_words(options.only),
+        graphs_upto=options.graphs_upto,
     )  # fmt: skip
     plan.validate(ranks)
+    if plan.graphs_upto and device == "cpu":
+        raise refuse("--graphs-upto", plan.graphs_upto, "a CPU has no CUDA graphs; leave it out")
     tokens, heads = max(plan.lengths) * plan.batch, max(h.N * h.H for h in plan.heads)
     if device == "cpu" and 2 * tokens * heads > all_memory():
         fit = f"its queries alone take more than the {all_memory() / 2**30:.1f} GiB of this host; use shorter ones"
@@ -153,7 +156,7 @@ def _row_printer(first: bool) -> Callable[[dict[str, Any]], None]:
     def show(row: dict[str, Any]) -> None:
         if not first:
             return
-        what = f"{row['tokens']:>9,} {row['heads']:>10}  {label(row):44}"
+        what = f"{row['tokens']:>9,} {row['heads']:>10}  {'graph: ' if row['graph'] else ''}{label(row):44}"
         if row["status"] != "ok":
             print(f"{what} {row['status']}", flush=True)
             return

@@ -21,7 +21,8 @@ def rich_table(rows: Sequence[dict[str, Any]]) -> Table:
     for name in _COLUMNS:
         table.add_column(name, justify="left" if not name else "right", overflow="fold")
     for row in rows:
-        what = label(row) if row["status"] == "ok" else f"{label(row)}: {row['status']}"
+        name = f"{label(row)}{', as a graph' if row.get('graph') else ''}"
+        what = name if row["status"] == "ok" else f"{name}: {row['status']}"
         ms = row["ms"]
         share = [f"{row[key] / ms:.3f}" if row[key] and ms else "" for key in ("ideal_ms", "no_comm_ms")]
         table.add_row(

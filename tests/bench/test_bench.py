@@ -20,6 +20,7 @@ from lss.bench import (
     read_rows,
 )
 from lss.bench.rows import IDENTITY, KEYS, identity
+from lss.bench.tables import fill_page, tables_of
 from lss.bench.timing import spread_of, status_of
 from lss.bench.train_step import TrainPlan, bench_train, plan_configs
 from lss.cli import main
@@ -106,6 +107,45 @@ def adapters(tmp_path):
     for name, text in RIVALS.items():
         (folder / name).write_text(text)
     return folder
+
+
+def measure_graphs(plan: AttentionPlan, ranks: int) -> tuple[list[dict], int]:
+    """The rows where capture only counts, since a CPU has none, and how many steps were captured."""
+    taken = []
+
+    def captured(step):
+        taken.append(step)
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lss.bench.graphs.captured", captured)
+        return measure(plan, ranks), len(taken)
+
+
+def test_graphs_are_cells_of_their_own_up_to_a_length():
+    plan = AttentionPlan([32, 64], [HEADS], strategies=("lss",), dtype="float64", repeat=2, graphs_upto=32)
+    for rows, captures in pool(2).run(measure_graphs, plan, 2):
+        cells = [(row["tokens"], row["graph"], row["strategy"]) for row in rows if row["status"] == "ok"]
+        names = ("one device", "lss")
+        assert cells == [(32, None, n) for n in names] + [(32, True, n) for n in names] + [(64, None, n) for n in names]
+        assert captures == 3  # one device, ours, and ours without communication
+        by = {(row["tokens"], row["graph"], row["strategy"]): row for row in rows}
+        assert by[32, True, "lss"]["no_comm_ms"] > 0
+        assert by[32, True, "lss"]["payload_bytes"] is None
+        assert by[32, None, "lss"]["payload_bytes"] > 0
+
+
+def test_graph_rows_have_tables_of_their_own(tmp_path):
+    (rows, _), _ = pool(2).run(measure_graphs, AttentionPlan(**vars(PLAN) | {"graphs_upto": 64}), 2)
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row | {"ms": 3.0 if row["graph"] else 5.0}) + "\n" for row in rows))
+    page = "".join(f"<!-- table time a.jsonl{what} -->\n<!-- end of table -->\n" for what in ("", " graph=True"))
+    plain, graphs = fill_page(page, tmp_path).split("<!-- table time a.jsonl graph=True -->")
+    assert "5.00" in plain
+    assert "3.00" not in plain
+    assert "3.00" in graphs
+    assert "5.00" not in graphs
+    assert "as CUDA graphs" in tables_of(read_rows([file]))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

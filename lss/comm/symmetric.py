@@ -23,9 +23,7 @@ it has been issued (2 for each). Short ones go at once, and both calls of a rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,46 +31,10 @@ import torch
 from lss.comm.collectives import KV, Pending
 from lss.comm.counter import record, waiting_inside
 from lss.comm.peers import PeerMemory
+from lss.comm.routes import Copy, Leg, Route, Way, exchange_all
 from lss.segment import Push
 
 MOST_ROUTES = 64
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """One copy between this rank's tensors and a rank's buffer: which plane (k or v), row and tokens of them."""
-
-    place: torch.Tensor
-    plane: int
-    row: int
-    start: int
-    stop: int
-
-    def source(self, planes: Sequence[torch.Tensor]) -> torch.Tensor:
-        return planes[self.plane][self.row, self.start : self.stop]
-
-
-@dataclass(frozen=True)
-class _Leg:
-    """Copies that are issued together: those that stay on this rank, and those to the others."""
-
-    here: tuple[_Copy, ...]
-    abroad: tuple[_Copy, ...]
-
-
-@dataclass(frozen=True)
-class _Route:
-    """Where one kind of transfer goes: this rank's own buffer, and the copies of each leg of the way.
-
-    Attributes:
-        counted: as large as what this transfer is counted as.
-        stages: how many tokens of this rank's buffer have come after each leg, where others wait for that leg by itself.
-    """
-
-    mine: torch.Tensor
-    legs: tuple[_Leg, ...]
-    counted: torch.Tensor
-    stages: tuple[int, ...] = ()
 
 
 class _Arriving(Pending[KV]):
@@ -124,7 +86,7 @@ class SymmetricTransport:
         self._peers, self._push, self._depth, self._dkv_dtype = peers, push, depth, dkv_dtype
         self._next = self._sent = 0
         self._reading: tuple[str, _Arriving] | None = None
-        self._leaving: _Way | None = None
+        self._leaving: Way | None = None
 
     def gather(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> Pending[KV]:
         """Fetch the keys and values that this rank sees, (B, push.length, K, H), in sequence order.
@@ -144,10 +106,13 @@ class SymmetricTransport:
 
         marks = []
         with waiting_inside():
-            way = _Way(self._peers, name, route, kv)
-            for leg, come in enumerate(route.stages):
-                way.go(leg)
-                marks.append((come, way.arrived(leg)))
+            if len(route.legs) == 1:
+                marks.append((self.length, exchange_all(self._peers, name, route, kv)))
+            else:
+                way = Way(self._peers, name, route, kv)
+                for leg, come in enumerate(route.stages):
+                    way.go(leg)
+                    marks.append((come, way.arrived(leg)))
         arriving = _Arriving(self._peers, marks, result, kv)
         return arriving
 
@@ -186,7 +151,8 @@ class SymmetricTransport:
         """What this room holds has been computed: where that is worth it, it travels already. `scatter` sends the rest."""
         if self._peers.in_stages(rooms[room].numel() * rooms[room].element_size()):
             if self._leaving is None:
-                self._leaving = self._way_home(rooms)()
+                name, route, planes = self._home(rooms)
+                self._leaving = Way(self._peers, name, route, planes, clear=self._push.sums is None)
             self._leaving.go(room, beside=True)
 
     def scatter(self, rooms: list[torch.Tensor]) -> Pending[KV]:
@@ -195,43 +161,40 @@ class SymmetricTransport:
         Counted as one reduce-scatter whose payload is what this rank has for all ranks, itself included.
         """
         leaving, self._leaving = self._leaving, None
-        depart = self._way_home(rooms) if leaving is None else None
+        name, route, planes = self._home(rooms) if leaving is None else (leaving.name, leaving.route, ())
         with waiting_inside():
-            if depart is not None:
-                leaving = depart()
+            if leaving is None:
+                mark = exchange_all(self._peers, name, route, planes, clear=self._push.sums is None)
             else:
                 self._peers.follow()
-            assert leaving is not None
-            for room in range(len(rooms)):
-                leaving.go(room)
-            marks = [(self._push.local_len, leaving.arrived(0))]
+                for room in range(len(rooms)):
+                    leaving.go(room)
+                mark = leaving.arrived(0)
         _, B, _, K, H = rooms[0].shape
-        T, sums, name, mine = self._push.local_len, self._push.sums, leaving.name, leaving.route.mine
+        T = self._push.local_len
 
         def result() -> KV:
             self._peers.reach("read", aside=False)
             total = rooms[0].new_empty(2, B, T, K, H)
-            for a, b, first, end in sums or ((0, T, 0, self._push.n_slots),):
-                _sum_slots(total[:, :, a:b], mine[first:end, :, :, a:b])
+            for a, b, slots in route.sums:
+                _sum_slots(total[:, :, a:b], slots)
             self._peers.mark_read(name)
             return total[0], total[1]
 
-        return _Arriving(self._peers, marks, result, rooms)
+        return _Arriving(self._peers, [(T, mark)], result, rooms)
 
-    def _way_home(self, rooms: list[torch.Tensor]) -> Callable[[], _Way]:
-        """Tells of the call, and makes the way home of these rooms' gradients, open to be written, when called."""
+    def _home(self, rooms: list[torch.Tensor]) -> tuple[str, Route, list[torch.Tensor]]:
+        """Tells of the call; the buffer's name, the route and the planes of these rooms' gradients."""
         name = f"dkv{self._sent % self._depth}"
         self._sent += 1
         _, B, _, K, H = rooms[0].shape
         route = self._route(name, self._dkv_route, (B, K, H), self._dkv_dtype)
         record("reduce_scatter", "dkv", route.counted)
-        planes = [plane for room in rooms for plane in room]
-        # where the senders of a token are not neighbours, absent ones are summed as zeros
-        return partial(_Way, self._peers, name, route, planes, clear=self._push.sums is None)
+        return name, route, [plane for room in rooms for plane in room.unbind()]
 
     # -- how both travel ---------------------------------------------------------------------------------------------
 
-    def _route(self, name: str, make: Callable[..., _Route], shape: tuple[int, ...], dtype: torch.dtype) -> _Route:
+    def _route(self, name: str, make: Callable[..., Route], shape: tuple[int, ...], dtype: torch.dtype) -> Route:
         """The route of this transfer, made once for all calls of one cut, shape and dtype."""
         routes, key = self._peers.routes, (name, id(self._push), shape, dtype, self._peers.staged_bytes)
         if key not in routes:
@@ -241,89 +204,52 @@ class SymmetricTransport:
                 del routes[next(iter(routes))]
         return routes[key][0]
 
-    def _kv_route(self, name: str, B: int, K: int, H: int, dtype: torch.dtype) -> _Route:
+    def _kv_route(self, name: str, B: int, K: int, H: int, dtype: torch.dtype) -> Route:
         push, me = self._push, self._peers.rank
         buffers = _typed(self._peers, name, [(2, B, length, K, H) for length in push.lengths], dtype)
         longest = max(2 * B * length * K * H * dtype.itemsize for length in push.lengths)
         staged = self._peers.in_stages(longest) and any(f < n for f, n in zip(push.firsts, push.lengths, strict=True))
 
-        def copies(peer: int, start: int, stop: int) -> list[_Copy]:
+        def copies(peer: int, start: int, stop: int) -> list[Copy]:
             """This rank's part of places [start, stop) of a peer's buffer."""
             cut = [(a + max(start - at, 0), min(b, a + stop - at), max(at, start)) for a, b, at in push.sends[peer]]
             return [
-                _Copy(buffers[peer][plane, row, at : at + b - a], plane, row, a, b)
+                Copy(buffers[peer][plane, row, at : at + b - a], plane, row, a, b)
                 for a, b, at in cut if a < b for plane in range(2) for row in range(B)
             ]  # fmt: skip
 
         ends = zip(push.firsts, push.lengths, strict=True)
         edges = [[0, first, length] if staged else [0, length] for first, length in ends]
         legs = tuple(
-            _Leg(
+            Leg(
                 tuple(copies(me, 0, push.length)) if i == 0 else (),
                 tuple(c for peer in _others(self._peers) for c in copies(peer, *edges[peer][i : i + 2])),
             )
             for i in range(2 if staged else 1)
         )
-        return _Route(buffers[me], legs, buffers[me], tuple(edges[me][1:]))
+        return Route(buffers[me], legs, buffers[me], tuple(edges[me][1:]))
 
-    def _dkv_route(self, name: str, B: int, K: int, H: int, dtype: torch.dtype) -> _Route:
+    def _dkv_route(self, name: str, B: int, K: int, H: int, dtype: torch.dtype) -> Route:
         push, me, size = self._push, self._peers.rank, self._peers.size
         buffers = _typed(self._peers, name, [(push.n_slots, 2, B, push.local_len, K, H)] * size, dtype)
 
-        def copies(room: int, peer: int) -> list[_Copy]:
+        def copies(room: int, peer: int) -> list[Copy]:
             return [
-                _Copy(buffers[peer][push.slots[room], plane, row, a:b], 2 * room + plane, row, at, at + b - a)
+                Copy(buffers[peer][push.slots[room], plane, row, a:b], 2 * room + plane, row, at, at + b - a)
                 for at, a, b in push.returns[room][peer] for plane in range(2) for row in range(B)
             ]  # fmt: skip
 
         legs = tuple(
-            _Leg(tuple(copies(room, me)), tuple(c for peer in _others(self._peers) for c in copies(room, peer)))
+            Leg(tuple(copies(room, me)), tuple(c for peer in _others(self._peers) for c in copies(room, peer)))
             for room in range(len(push.slots))
         )
         tokens = sum(b - a for room in push.returns for pieces in room for _, a, b in pieces)
-        return _Route(buffers[me], legs, torch.empty(2, B, tokens, K, H, dtype=dtype, device="meta"))
-
-
-class _Way:
-    """One transfer on its way, leg by leg; the same barriers in the same order on every rank, however many legs it has."""
-
-    def __init__(
-        self, peers: PeerMemory, name: str, route: _Route, planes: Sequence[torch.Tensor], *, clear: bool = False
-    ) -> None:
-        self.name, self.route = name, route
-        self._peers, self._planes, self._gone = peers, planes, set()
-        peers.wait_for(peers.read.get(name))
-        if clear:
-            route.mine.zero_()
-        peers.follow()
-        peers.reach("free")
-        peers.barrier("free")
-
-    def go(self, leg: int, *, beside: bool = False) -> None:
-        """Issue a leg's copies, once.
-
-        `beside`: behind the kernel that was issued last, and beside the next: what stays here is copied on the side too.
-        """
-        if leg in self._gone:
-            return
-        peers, copies = self._peers, self.route.legs[leg]
-        if beside:
-            peers.follow()
-        peers.reach("copy")
-        peers.copy(*_pairs(copies.abroad + (copies.here if beside else ()), self._planes), aside=True)
-        if not beside:
-            peers.copy(*_pairs(copies.here, self._planes), aside=False)
-        self._gone.add(leg)
-
-    def arrived(self, leg: int) -> Any:
-        """All ranks have written what they issued before; returns the mark of it."""
-        self._peers.reach("arrived")
-        self._peers.barrier(f"arrived{leg}")
-        return self._peers.mark(aside=True)
-
-
-def _pairs(copies: Sequence[_Copy], planes: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    return [copy.place for copy in copies], [copy.source(planes) for copy in copies]
+        # where the senders of a token are not neighbours, absent ones are summed as zeros
+        sums = push.sums or ((0, push.local_len, 0, push.n_slots),)
+        return Route(
+            buffers[me], legs, torch.empty(2, B, tokens, K, H, dtype=dtype, device="meta"),
+            sums=tuple((a, b, buffers[me][first:end, :, :, a:b]) for a, b, first, end in sums),
+        )  # fmt: skip
 
 
 def _sum_slots(total: torch.Tensor, slots: torch.Tensor) -> None:

@@ -74,13 +74,19 @@ def _fetched(
 
     With them comes what waits until the first so many tokens of them are there.
     """
-    pending = transport.gather(k[:, :, groups[0][1]], v[:, :, groups[0][1]])
+    first = groups[0][1]
+    pending = transport.gather(_heads(k, first, groups), _heads(v, first, groups))
     for i in range(len(groups)):
         come, arriving = pending.begin(), pending
         if i + 1 < len(groups):
             heads = groups[i + 1][1]
             pending = transport.gather(k[:, :, heads], v[:, :, heads])
         yield *come, arriving.upto
+
+
+def _heads(x_BTNH: torch.Tensor, heads: slice, groups: HeadGroups) -> torch.Tensor:
+    # all of them are not cut: at short lengths every call on the host counts
+    return x_BTNH if len(groups) == 1 else x_BTNH[:, :, heads]
 
 
 class _LSSAttention(torch.autograd.Function):
@@ -90,9 +96,9 @@ class _LSSAttention(torch.autograd.Function):
         out, lse, kept = torch.empty_like(q), empty_lse(q), []
         for (q_heads, _), (keys, values, ready) in zip(groups, _fetched(k, v, groups, transport), strict=True):
             work = spec.work.of_heads(q_heads)
-            places = out[:, :, q_heads], lse[:, q_heads]
+            places = _heads(out, q_heads, groups), lse[:, q_heads]
             how = {"ready": ready, "together": transport.together(keys)}
-            work.forward(*places, q[:, :, q_heads], keys, values, transport.runs, **how)
+            work.forward(*places, _heads(q, q_heads, groups), keys, values, transport.runs, **how)
             if not spec.regather:
                 kept += [x.clone() for x in (keys, values)] if transport.volatile else [keys, values]
             transport.release()
@@ -115,7 +121,7 @@ class _LSSAttention(torch.autograd.Function):
         home = _Home(k, len(groups))
         for (q_heads, k_heads), (keys, values, ready) in zip(groups, fetched, strict=True):
             rooms = transport.new_dkv(keys)
-            douts, queries, outs, dqs = (x[:, :, q_heads] for x in (dout, q, out, dq))
+            douts, queries, outs, dqs = (_heads(x, q_heads, groups) for x in (dout, q, out, dq))
             work, ((dks, dvs), *more) = spec.work.of_heads(q_heads), [transport.split(room) for room in rooms]
             given = douts, queries, keys, values, outs, lse[:, q_heads]
             how = {"ready": ready, "together": transport.together(keys), "done": partial(transport.leave, rooms)}

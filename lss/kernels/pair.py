@@ -46,7 +46,7 @@ def pair_of(blocks: Sequence[Block], n_queries: int) -> Lengths | None:
 def halves(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """(1, 2T, heads, H) as two rows (2, T, heads, H), and lse (1, N, 2T) as (2, N, T); views."""
     return [
-        x[0].view(2, -1, *x.shape[2:]) if x.dim() == 4 else x[0].view(x.shape[1], 2, -1).transpose(0, 1) for x in tensors
+        x.view(2, -1, *x.shape[2:]) if x.dim() == 4 else x.view(x.shape[1], 2, -1).transpose(0, 1) for x in tensors
     ]
 
 

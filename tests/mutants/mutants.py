@@ -330,16 +330,30 @@ MUTANTS = (
     ),
     Mutant(
         "a fast rank overwrites what a slow one still reads",
-        "lss/comm/symmetric.py",
+        "lss/comm/routes.py",
         'peers.reach("free")\n        peers.barrier("free")',
         'peers.reach("free")',
         ("tests/distributed/test_symmetric.py::test_parity_holds_when_ranks_are_late",),
     ),
     Mutant(
+        "a fast rank overwrites what a slow one still reads, all at once",
+        "lss/comm/peers.py",
+        'self.reach("free")\n        self.barrier("free")',
+        'self.reach("free")',
+        ("tests/distributed/test_symmetric.py::test_parity_holds_when_ranks_are_late",),
+    ),
+    Mutant(
         "a rank reads what has not come yet",
-        "lss/comm/symmetric.py",
+        "lss/comm/routes.py",
         'self._peers.reach("arrived")\n        self._peers.barrier(f"arrived{leg}")',
         'self._peers.reach("arrived")',
+        ("tests/distributed/test_symmetric.py::test_parity_holds_when_ranks_are_late",),
+    ),
+    Mutant(
+        "a rank reads what has not come yet, all at once",
+        "lss/comm/peers.py",
+        'self.reach("arrived")\n        self.barrier("arrived0")',
+        'self.reach("arrived")',
         ("tests/distributed/test_symmetric.py::test_parity_holds_when_ranks_are_late",),
     ),
     Mutant(
@@ -358,9 +372,9 @@ MUTANTS = (
     ),
     Mutant(
         "a rank adds its gradients to those of the call before",
-        "lss/comm/symmetric.py",
-        "            route.mine.zero_()",
-        "            pass",
+        "lss/comm/peers.py",
+        "        self.wait_for(self.read.get(name))\n        if cleared is not None:\n            cleared.zero_()",
+        "        self.wait_for(self.read.get(name))",
         ("tests/distributed/test_symmetric.py::test_documents_windows_and_encoders",),
     ),
     Mutant(

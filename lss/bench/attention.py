@@ -77,8 +77,10 @@ class Cell:
         comm, device, dtype = clock.comm, clock.device, DTYPES[plan.dtype]
         like = torch.empty(1, 1, 1, 1, dtype=dtype, device=device).expand(plan.batch, tokens, heads.N, heads.H)
         yardsticks = one_device_candidates(plan.kernels, like, plan.yardsticks)
-        cut = our_candidates(plan.strategies, plan.kernels, plan.orders, plan.options, like, comm)
-        cut += rivals
+        # NCCL's collectives may hang inside a capture, and some did: of graphs there are ours and one device's only
+        strategies = [name for name in plan.strategies if name.startswith("lss") or not graph]
+        cut = our_candidates(strategies, plan.kernels, plan.orders, plan.options, like, comm)
+        cut += [] if graph else rivals
         self.runs = [Run(c, row) for c in cut if plan.wants(c, heads, tokens) and not results.done(row := self._identity(c))]
         rows = {c.name: self._identity(c) for c in yardsticks}
         missing = [c for c in yardsticks if plan.wants(c, heads, tokens) and not results.done(rows[c.name])]

@@ -69,7 +69,7 @@ class AttentionPlan:
         only: measure those candidates alone whose name, heads and tokens contain one of these words; all if empty.
         repeat: rounds at most; fewer, but 3 at least, where a candidate would take more than `seconds` in a cell.
         check_upto: tokens up to which gradients of keys are held to the truth too.
-        graphs_upto: tokens up to which every candidate is measured a second time as a CUDA graph; 0: never.
+        graphs_upto: tokens up to which LSS and one device are measured a second time as CUDA graphs; 0: never.
     """
 
     lengths: Sequence[int]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
@@ -180,6 +181,12 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    with suppress(OSError, IndexError):
-        return Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()[0].strip()
+    with suppress(OSError):
+        return driver_version(Path("/proc/driver/nvidia/version").read_text())
     return None
+
+
+def driver_version(text: str) -> str | None:
+    """The number in what the kernel tells of Nvidia's module, "... Kernel Module for x86_64  580.159.04  Release ..."."""
+    found = re.search(r"Kernel Module\D.*?\s(\d+(?:\.\d+)+)\s", text)
+    return found[1] if found else None

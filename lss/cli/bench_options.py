@@ -31,7 +31,7 @@ def add_bench(verbs: Any, parser_class: type[argparse.ArgumentParser]) -> None:
     attention.add_argument("--check-upto", type=int, default=131072, metavar="S",
                            help="tokens up to which dk and dv are held to float64 too (default 131072)")  # fmt: skip
     attention.add_argument("--graphs-upto", type=int, default=0, metavar="S",
-                           help="tokens up to which all is measured again as CUDA graphs (default 0: never)")  # fmt: skip
+                           help="tokens up to which ours is measured again as CUDA graphs (default 0: never)")  # fmt: skip
     attention.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default 7)")
     attention.add_argument("--no-plots", action="store_true", help="write rows only")
     _run_arguments(attention)

@@ -19,7 +19,7 @@ from lss.bench import (
     parse_options,
     read_rows,
 )
-from lss.bench.rows import IDENTITY, KEYS, identity
+from lss.bench.rows import IDENTITY, KEYS, driver_version, identity
 from lss.bench.tables import fill_page, tables_of
 from lss.bench.timing import spread_of, status_of
 from lss.bench.train_step import TrainPlan, bench_train, plan_configs
@@ -123,16 +123,24 @@ def measure_graphs(plan: AttentionPlan, ranks: int) -> tuple[list[dict], int]:
 
 
 def test_graphs_are_cells_of_their_own_up_to_a_length():
-    plan = AttentionPlan([32, 64], [HEADS], strategies=("lss",), dtype="float64", repeat=2, graphs_upto=32)
+    plan = AttentionPlan([32, 64], [HEADS], strategies=("lss", "ring"), dtype="float64", repeat=2, graphs_upto=32)
     for rows, captures in pool(2).run(measure_graphs, plan, 2):
         cells = [(row["tokens"], row["graph"], row["strategy"]) for row in rows if row["status"] == "ok"]
-        names = ("one device", "lss")
-        assert cells == [(32, None, n) for n in names] + [(32, True, n) for n in names] + [(64, None, n) for n in names]
+        names = ("one device", "lss", "ring")
+        graphs = [(32, True, n) for n in names[:2]]
+        assert cells == [(32, None, n) for n in names] + graphs + [(64, None, n) for n in names]
         assert captures == 3  # one device, ours, and ours without communication
         by = {(row["tokens"], row["graph"], row["strategy"]): row for row in rows}
         assert by[32, True, "lss"]["no_comm_ms"] > 0
         assert by[32, True, "lss"]["payload_bytes"] is None
         assert by[32, None, "lss"]["payload_bytes"] > 0
+
+
+@pytest.mark.parametrize("module", ["NVIDIA UNIX Open Kernel Module for x86_64", "NVIDIA UNIX x86_64 Kernel Module"])
+def test_the_drivers_number_is_found(module):
+    text = f"NVRM version: {module}  580.159.04  Release Build  (x)  Fri\nGCC version: gcc 12.2.0\n"
+    assert driver_version(text) == "580.159.04"
+    assert driver_version("nothing") is None
 
 
 def test_graph_rows_have_tables_of_their_own(tmp_path):

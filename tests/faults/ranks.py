@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing as mp
 import os
 import signal
 import socket
@@ -17,14 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# One import of torch, and of what a run imports on its way, for all ranks of all runs: without it each rank of each case
-# takes seconds of a core to start, and to end with a report.
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch._inductor.config", "torch.utils.tensorboard", "lss.cli.train", "lss.cli.early",
-     "lss.train.trainer", "lss.report", "matplotlib.figure", "matplotlib.backends.backend_svg", "tests.faults.plants",
-     "tests.faults.ranks"]
-)  # fmt: skip
+from tests.forkserver import CONTEXT
 
 # A text that is always there: to look through the standard library costs each rank as much as a small run's training.
 TEXT = f"data.path={argparse.__file__}"
@@ -104,7 +96,7 @@ class Command:
         self._process: Any = None
         if fork:
             given = (typed, dict(environ), str(cwd), *map(str, self._logs), hook)
-            self._process = _CONTEXT.Process(target=_command, args=given)
+            self._process = CONTEXT.Process(target=_command, args=given)
             self._process.start()
         else:
             with self._logs[0].open("w") as out, self._logs[1].open("w") as error:
@@ -170,7 +162,7 @@ class Run:
             place = {"RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(nproc),
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
             mine = place | dict(environ or {}) | dict((of_rank or {}).get(rank, {}))
-            process = _CONTEXT.Process(target=_rank, args=(line, mine, str(self.logs[rank]), hook, report))
+            process = CONTEXT.Process(target=_rank, args=(line, mine, str(self.logs[rank]), hook, report))
             process.start()
             self.processes.append(process)
 

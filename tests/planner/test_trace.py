@@ -18,8 +18,8 @@ SMALL = ["model.d_model=32", "model.n_layers=3", "model.n_heads=4", "model.n_kv_
 RUNS = {
     "plain": [],
     "contiguous": ["parallel.order=contiguous", "parallel.regather=false"],
-    "full": ["memory.checkpointing=full", "memory.tiles=16"],
-    "attention": ["memory.checkpointing=attention", "memory.tiles=16", "train.accumulate=2"],
+    "full": ["memory.checkpointing=full", "memory.tiles=64"],
+    "attention": ["memory.checkpointing=attention", "memory.tiles=64", "train.accumulate=2"],
     "ring": ["parallel.strategy=ring"],
     "ulysses": ["parallel.strategy=ulysses"],
     "two-level": ["parallel.strategy=lss_2d", "parallel.inner=2"],

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -66,6 +67,9 @@ def _command(
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    SubprocessHandler._popen = lambda _, line, variables: _ForkedRank(line[3:], variables)
     if hook is not None:
         hook()
     from lss.cli import main
@@ -73,12 +77,68 @@ def _command(
     sys.exit(main(list(arguments)))
 
 
+class _ForkedRank:
+    """What `subprocess.Popen` is to torch's agent, of a rank that a forked launcher forks in its turn.
+
+    As if it were another Python it has a session of its own, none of the launcher's files or handlers, and these variables.
+    """
+
+    def __init__(self, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                status = self._run(arguments, environ)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+
+    @staticmethod
+    def _run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.closerange(3, 1 << 16)
+        os.environ.clear()
+        os.environ.update(environ)
+        import torch
+
+        torch.set_num_threads(1)
+        from lss.cli import main
+
+        return main(list(arguments))
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end, as `subprocess.Popen.wait` does."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired([], timeout or 0.0)
+            time.sleep(0.01)
+        return code
+
+
 class Command:
     """`lss ARGUMENTS` in a folder, with these variables and no others, as a process of its own.
 
     Args:
         hook: called in it before.
-        fork: from the process that has imported all; otherwise it is `python -m lss`, which imports what it needs.
+        fork: from the process that has imported all, and so are the ranks that it starts; otherwise it is `python -m lss`,
+            which imports what it needs.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ FUZZ_RUNS ?= 5
 MINUTES ?= 30
 SEED ?= 0
 FAULTS ?= 0
+WORKERS ?= 2
 
 .PHONY: help venv demo test fuzz mutants soak lint clean
 
@@ -38,8 +39,8 @@ demo: venv  ## train a small model on real text on two processes, and prove that
 	@$(BIN)/lss check configs/tiny.toml --nproc 2
 	@$(BIN)/lss report $(DEMO)
 
-test: venv  ## run the whole suite
-	@$(BIN)/python -m pytest
+test: venv  ## run the whole suite, in WORKERS=2 processes
+	@$(BIN)/python -m pytest -n $(WORKERS)
 
 fuzz: venv  ## run the tests of drawn inputs with new draws, FUZZ_RUNS=5 times
 	@for run in $$(seq $(FUZZ_RUNS)); do \

@@ -14,10 +14,12 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from lss.config.errors import Refused, SaidElsewhere, refuse
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 # How long ranks are waited for by default, once one of them has come.
 RENDEZVOUS = timedelta(seconds=60)
@@ -82,6 +84,8 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def host_store(listener: socket.socket, timeout: timedelta) -> dist.TCPStore:
     """A store served by this process at a listening socket, which it takes over."""
+    import torch.distributed as dist  # here, so that what is refused before ranks meet does not wait for torch
+
     address, port = listener.getsockname()[:2]
     local = "127.0.0.1" if address in ("0.0.0.0", "::") else address
     return dist.TCPStore(
@@ -95,6 +99,8 @@ def open_store(place: Place, timeout: timedelta) -> dist.Store:
     Raises:
         Refused: an unknown host, a port that is taken, or nobody listening there within the timeout.
     """
+    import torch.distributed as dist
+
     try:
         socket.getaddrinfo(place.address, None)
     except (OSError, UnicodeError) as error:
@@ -115,7 +121,7 @@ def open_store(place: Place, timeout: timedelta) -> dist.Store:
         store = dist.TCPStore(place.address, place.port, None, False, timeout=timeout)
         # the launcher's store may live through restarts, and what ranks said before one is no longer so
         return dist.PrefixStore(f"round_{place.agent}", store) if place.agent else store
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise Refused(f"{place}: what listens there is no store of a run ({reason}).") from None
 
@@ -146,7 +152,7 @@ def meet(place: Place, timeout: timedelta = RENDEZVOUS) -> dist.Store:
             _count(store, place, timeout, deadline)
         else:
             _wait_for_verdict(store, place, deadline + timeout.total_seconds())  # this rank may have come before rank 0
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise Refused(f"{place}: the meeting of the ranks broke off ({reason}); see what rank 0 says.") from None
     return store
@@ -200,7 +206,7 @@ def first_to_say(store: dist.Store, place: Place, text: str) -> bool:
         digest = hashlib.sha256(text.encode()).hexdigest()
         store.set("lss/refused", text)
         first = store.add(f"lss/said/{digest}", 1) == 1
-    except (dist.DistError, RuntimeError):
+    except RuntimeError:
         return True
     leave(store, place)
     return first
@@ -208,7 +214,7 @@ def first_to_say(store: dist.Store, place: Place, text: str) -> bool:
 
 def leave(store: dist.Store, place: Place) -> None:
     """Go from a run that ends before its time; who hosts the store waits a little, so that the others can hear why."""
-    with suppress(dist.DistError, RuntimeError):
+    with suppress(RuntimeError):
         gone = store.add("lss/left", 1)
         if place.rank != 0 or place.agent:
             return

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
 from tests.mutants.mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,12 @@ def test_file_is_small_and_documented(path):
 def test_every_mutant_has_its_place(mutant):
     """`make mutants` plants them one by one; a line that has changed would leave one out."""
     assert (ROOT / mutant.file).read_text().count(mutant.old) == 1
+
+
+@pytest.mark.parametrize("file", LONGEST)
+def test_the_longest_files_are_there(file):
+    """One that has another name would be begun last, by one worker, while the other has nothing left to do."""
+    assert (ROOT / file).is_file()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

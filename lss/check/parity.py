@@ -26,7 +26,7 @@ from lss.kernels.dropout import fold
 from lss.mesh import axis_group
 from lss.model import Transformer
 from lss.parallel import AnyLayout, layout_of
-from lss.parallel.fsdp import local_part
+from lss.parallel.local import local_part
 from lss.train.models import build_model
 from lss.train.steps import (
     accumulate_gradients,

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from lss.config import Config
 from lss.config.errors import Refused, refuse
 from lss.environment import rank_environment
-from lss.mesh import pick_device_type
 
 if TYPE_CHECKING:
     from lss.integrations.hf.source import Source
@@ -30,6 +29,7 @@ def refuse_options(config: Config, nproc: int | None, source: Source | None = No
     import torch
 
     from lss.kernels import pick_kernel
+    from lss.mesh import pick_device_type
     from lss.train.memory import refuse_too_large
     from lss.train.optim import check_optimizer
     from lss.train.steps import DTYPES
@@ -129,6 +129,7 @@ def warn_of_memory(config: Config) -> None:
     import torch
 
     from lss.hosts import free_memory
+    from lss.mesh import pick_device_type
     from lss.planner import warning
 
     here = environment.local_world_size if environment else 1

@@ -23,11 +23,12 @@ PARTS = {
 
 def plan(options: argparse.Namespace) -> int:
     """Print what a config will take on so many devices; 1 where it does not fit."""
+    config = planned(options)  # first: it needs no torch
+
     from lss.planner import CLASSES, find_hardware, make_plan
     from lss.planner.remedies import remedies, size
 
     hardware = find_hardware(options.gpu)
-    config = planned(options)
     if config.model.kind == "encoder_decoder":
         raise refuse("model.kind", '"encoder_decoder"', 'no time is known of its two attentions; use "decoder" or "encoder"')
     found = make_plan(config, hardware)

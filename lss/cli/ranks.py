@@ -13,7 +13,6 @@ from lss.config import Config, load_config
 from lss.config.errors import Failed, FailedElsewhere, Refused, SaidElsewhere, refuse
 from lss.environment import rank_environment
 from lss.meeting import first_to_say, open_store
-from lss.mesh import first_to_refuse
 from lss.train.signals import Signals
 
 if TYPE_CHECKING:
@@ -98,6 +97,8 @@ def told_once(mesh: DeviceMesh | None = None) -> Iterator[None]:
 
 def _is_mine(text: str, mesh: DeviceMesh | None) -> bool:
     if mesh is not None:
+        from lss.mesh import first_to_refuse
+
         return first_to_refuse(mesh, text)
     environment = rank_environment()
     if environment is None or environment.world_size == 1:

@@ -37,9 +37,8 @@ from lss.config.errors import refuse
 from lss.mesh import flat_mesh
 from lss.model import Transformer
 from lss.model.transformer import ModelOutput
+from lss.parallel.local import check_reshard, local_part
 from lss.segment import Piece
-
-RESHARD = ("auto", True, False)
 
 
 class Shares:
@@ -216,17 +215,3 @@ class _Shard:
         sharded.set_custom_all_gather(self._gather)  # type: ignore[arg-type]
         sharded.set_custom_reduce_scatter(self._scatter)  # type: ignore[arg-type]
         return sharded
-
-
-def check_reshard(reshard: bool | str) -> None:
-    """Refuse what `reshard` cannot be."""
-    if not any(reshard is choice or (type(reshard) is str and reshard == choice) for choice in RESHARD):
-        raise refuse("fsdp_reshard", reshard, 'use "auto", True or False')
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor: all of a plain one; in-place changes reach the tensor."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    with torch.no_grad():
-        return tensor.to_local()

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm import Communicator, Pending
 from lss.mesh import axis_group
-from lss.parallel.fsdp import local_part
+from lss.parallel.local import local_part
 
 # Large enough to keep a link busy, small enough that the first leaves long before backward ends.
 BUCKET_BYTES = 25 << 20

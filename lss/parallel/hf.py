@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,9 +14,12 @@ from lss.config.errors import Refused, refuse
 from lss.config.support import refuse_pairs
 from lss.context_parallel import AttentionOptions, count_inner, pick_strategy
 from lss.integrations.hf import Adapter, traits_of, use_lss_attention
-from lss.parallel.fsdp import Shares, check_reshard
 from lss.parallel.grad_sync import GradSync, global_grad_norm
+from lss.parallel.local import check_reshard
 from lss.segment import Piece, Segment, make_segment, whole_piece
+
+if TYPE_CHECKING:
+    from lss.parallel.fsdp import Shares
 
 
 class HFLayout:
@@ -54,6 +57,8 @@ class HFLayout:
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before any is cut
         self.sharding: Shares | None = None
         if fsdp_reshard is not None and self.all.size > 1:
+            from lss.parallel.fsdp import Shares
+
             self.sharding = Shares(model, mesh, self.all, blocks_of(model), reshard=fsdp_reshard)
         self._parameters = list(model.parameters())
         self._sync = GradSync((([] if self.sharding is not None else self._parameters, self.all),))

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from lss.config.errors import refuse
-from lss.parallel.fsdp import local_part
 from lss.parallel.hf import HFLayout
+from lss.parallel.local import local_part
 from lss.parallel.parallelize import Layout
 
 AnyLayout = Layout | HFLayout

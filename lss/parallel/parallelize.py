@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,10 +24,13 @@ from lss.model import ModelOps, Transformer
 from lss.offload import Offloader, make_offloader
 from lss.parallel import tensor_parallel as tp
 from lss.parallel.activation import make_pieces, softmax_of
-from lss.parallel.fsdp import Sharding, check_reshard
 from lss.parallel.grad_sync import GradSync, global_grad_norm
 from lss.parallel.hf import lay_out_hf
+from lss.parallel.local import check_reshard
 from lss.segment import Piece, Segment, make_segment, whole_piece
+
+if TYPE_CHECKING:
+    from lss.parallel.fsdp import Sharding
 
 POSITION_TABLE = "position_table.weight"
 
@@ -179,6 +182,8 @@ class Layout:
         self._cut = [p for name, p in model.named_parameters() if self.is_cut(name)]
         self.sharding: Sharding | None = None
         if fsdp_reshard is not None and self.all.size > 1:
+            from lss.parallel.fsdp import Sharding
+
             self.sharding = Sharding(model, mesh, self.all, reshard=fsdp_reshard, ignored=self._cut)
         held = [p for name, p in model.named_parameters() if not self.is_cut(name)]
         self._whole, self._sharded = (held, []) if self.sharding is None else ([], held)

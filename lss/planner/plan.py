@@ -8,20 +8,13 @@ data, a network that others use, and clocks that fall under load.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from lss.config import Config
 from lss.flops import model_flops
-from lss.planner.estimate import SHORT, estimate
+from lss.planner.estimate import step_drawn
 from lss.planner.hardware import Hardware, attention_rate
 from lss.planner.ledger import Peak
-from lss.planner.trace import trace_step
 from lss.segment import make_segment
 from lss.segment.documents import scores_seen
 from lss.train.models import find_model
@@ -30,7 +23,6 @@ from lss.train.models import find_model
 FIRST_STAGE = 0.25
 GRANULARITY = 512  # of CUDA's caching allocator
 _SUMMED = ("gradients", "parameters")
-_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
 
 @dataclass(frozen=True)
@@ -80,12 +72,12 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
     """
     config = replace(config, data=replace(config.data, packing=False), train=replace(config.train, compile=False))
     per_host = min(hardware.per_host, _ranks(config))
-    peak = estimate(config, granularity=GRANULARITY, memory=int(hardware.memory))
-    products, payload = _traced(config, per_host)
+    step = step_drawn(config, granularity=GRANULARITY, memory=int(hardware.memory), ranks_per_node=per_host)
+    peak, payload = step.peak, step.payload
     attention = _attention_flops(config)
     seconds = {
         "attention": attention / attention_rate(hardware, _head_size(config), config.data.seq_len),
-        "matrices": products / hardware.matrices,
+        "matrices": step.products / hardware.matrices,
     }
     seconds["exchange"] = _exposed(config, hardware, payload, seconds["attention"])
     seconds["gradients"] = _summing(config, hardware, payload, sum(seconds.values()))
@@ -94,20 +86,6 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
     seconds["update"] = 2 * state / hardware.bandwidth
     tokens = config.train.batch_size * config.data.seq_len
     return Plan(peak, int(hardware.memory), seconds, payload, _model_flops(config), tokens, _ranks(config), hardware)
-
-
-class Products(TorchDispatchMode):
-    """Counts the FLOPs of matrix products, by torch's own formulas; attention's operators are not among them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in _PRODUCTS:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def _ranks(config: Config) -> int:
@@ -147,50 +125,6 @@ def _attention_flops(config: Config) -> float:
         share = float((last.clamp(max=S - 1) + 1).sum()) / (S * (S + 1) / 2)
     # a score of one head is 2 H in Q K^T and 2 H in P V
     return units * 4 * config.model.d_model * _scores(config) * share * _rows(config)
-
-
-def _traced(config: Config, per_host: int) -> tuple[float, dict[str, int]]:
-    """(FLOPs of matrix products, bytes of collectives by purpose) of rank 0, drawn out from traces of 2 and 3 blocks."""
-    blocks = config.model.n_layers
-    few = _of_blocks(config, min(2, blocks), per_host)
-    if blocks <= 2:
-        return few
-    more = _of_blocks(config, 3, per_host)
-    purposes = few[1].keys() | more[1].keys()
-    payload = {p: few[1].get(p, 0) + (more[1].get(p, 0) - few[1].get(p, 0)) * (blocks - 2) for p in sorted(purposes)}
-    return few[0] + (more[0] - few[0]) * (blocks - 2), payload
-
-
-def _of_blocks(config: Config, blocks: int, per_host: int) -> tuple[float, dict[str, int]]:
-    config = replace(
-        config,
-        model=replace(config.model, n_layers=blocks),
-        parallel=replace(config.parallel, kernel="auto", transport="auto"),
-        memory=replace(config.memory, offload="none"),
-    )
-    cp, length = config.parallel.cp, config.data.seq_len
-    assert isinstance(cp, int)
-    if length <= 2 * SHORT * cp:
-        return _counted(config, per_host)
-    short, long = (
-        _counted(replace(config, data=replace(config.data, seq_len=tokens * cp)), per_host) for tokens in (SHORT, 2 * SHORT)
-    )
-    factor = (length / cp - SHORT) / SHORT
-
-    def drawn(a: float, b: float) -> float:
-        return a + factor * (b - a)
-
-    payload = {purpose: round(drawn(short[1].get(purpose, 0), size)) for purpose, size in long[1].items()}
-    return drawn(short[0], long[0]), payload
-
-
-def _counted(config: Config, per_host: int) -> tuple[float, dict[str, int]]:
-    with Products() as products:
-        trace = trace_step(config, ranks_per_node=per_host)
-    payload: Counter[str] = Counter()
-    for (_, purpose, _), tally in trace.collectives.items():
-        payload[purpose] += tally.bytes
-    return float(products.flops), dict(payload)
 
 
 def _exposed(config: Config, hardware: Hardware, payload: dict[str, int], attention: float) -> float:

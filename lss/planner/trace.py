@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from lss.comm import communicator, count_collectives, cp_communicator
 from lss.comm.counter import Tally, listening
@@ -30,6 +33,8 @@ from lss.train.models import lay_out
 from lss.train.optim import STATE_PART, build_optimizer
 from lss.train.steps import accumulate_gradients, parameter_dtype
 
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+
 
 @dataclass(frozen=True)
 class StepTrace:
@@ -40,12 +45,28 @@ class StepTrace:
         timeline: (phase, bytes live on the device) after each change.
         collectives: calls, elements and bytes by (kind, purpose, link).
         steady: bytes of weights, gradients and optimizer state, which are there at any length.
+        products: FLOPs of matrix products, attention's own not among them.
     """
 
     peak: Peak
     timeline: list[tuple[str, int]]
     collectives: dict[tuple[str, str, str | None], Tally]
     steady: int
+    products: int
+
+
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, by torch's own formulas; attention's operators are not among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in _PRODUCTS:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def trace_step(
@@ -87,7 +108,7 @@ def run_step(config: Config, model: nn.Module, *, granularity: int = 1, ledger: 
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     batches, count = [synthetic_batch(config, model) for _ in range(config.train.accumulate)], torch.ones(())
-    with count_collectives() as counter, noted(ledger, model, optimizer):
+    with count_collectives() as counter, noted(ledger, model, optimizer), Products() as products:
         accumulate_gradients(model, batches, config, step=1, count=count)
         ledger.enter("update")
         clip_grad_norm_(model, config.optim.clip)
@@ -98,7 +119,7 @@ def run_step(config: Config, model: nn.Module, *, granularity: int = 1, ledger: 
     state = sum(x.numel() * x.element_size() for x in _state(optimizer))
     steady = sum(x.numel() * x.element_size() for x in chain(model.parameters(), gradients))
     steady += round(STATE_PART["adamw8bit"] * state) if low_bit else state
-    return StepTrace(ledger.peak(), ledger.timeline(), dict(counter.tallies), steady)
+    return StepTrace(ledger.peak(), ledger.timeline(), dict(counter.tallies), steady, products.flops)
 
 
 @contextmanager

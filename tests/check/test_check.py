@@ -54,9 +54,9 @@ def plant(fault):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_shipped_check_configs_hold_on_any_number_of_ranks(path, ranks):
-    for ok, *_ in pool(ranks).run(run_check, path, ranks):
-        assert ok
-    _, probes, gradients, work, documents = pool(ranks).run(run_check, path, ranks)[0]
+    results = pool(ranks).run(run_check, path, ranks)
+    assert all(ok for ok, *_ in results)
+    _, probes, gradients, work, documents = results[0]
     assert len(gradients) == 2
     assert all(leaked == 0 and affected > 0 for _, leaked, affected in probes)
     names = {name for name, *_ in probes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from typing import Any
+
+from tests.forkserver import CONTEXT
 
 TIMEOUT = 120.0  # seconds for one case; far beyond any, so that only a hang reaches it
 
@@ -23,6 +26,7 @@ def _serve(rank: int, world: int, backend: str, store: str, pipe) -> None:
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what was imported stays, and is not looked through again
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if backend == "nccl":
@@ -51,7 +55,8 @@ class RankPool:
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # CUDA does not live through a fork, not even one of a process that has only looked for it
+        context = CONTEXT if self.backend == "gloo" else mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
         for rank in range(self.world):

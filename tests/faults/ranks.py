@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing as mp
 import os
 import signal
 import socket
@@ -12,19 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# One import of torch, and of what a run imports on its way, for all ranks of all runs: without it each rank of each case
-# takes seconds of a core to start, and to end with a report.
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch._inductor.config", "torch.utils.tensorboard", "lss.cli.train", "lss.cli.early",
-     "lss.train.trainer", "lss.report", "matplotlib.figure", "matplotlib.backends.backend_svg", "tests.faults.plants",
-     "tests.faults.ranks"]
-)  # fmt: skip
+from tests.forkserver import CONTEXT
 
 # A text that is always there: to look through the standard library costs each rank as much as a small run's training.
 TEXT = f"data.path={argparse.__file__}"
@@ -74,6 +67,9 @@ def _command(
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    SubprocessHandler._popen = lambda _, line, variables: _ForkedRank(line[3:], variables)
     if hook is not None:
         hook()
     from lss.cli import main
@@ -81,12 +77,68 @@ def _command(
     sys.exit(main(list(arguments)))
 
 
+class _ForkedRank:
+    """What `subprocess.Popen` is to torch's agent, of a rank that a forked launcher forks in its turn.
+
+    As if it were another Python it has a session of its own, none of the launcher's files or handlers, and these variables.
+    """
+
+    def __init__(self, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                status = self._run(arguments, environ)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+
+    @staticmethod
+    def _run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.closerange(3, 1 << 16)
+        os.environ.clear()
+        os.environ.update(environ)
+        import torch
+
+        torch.set_num_threads(1)
+        from lss.cli import main
+
+        return main(list(arguments))
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end, as `subprocess.Popen.wait` does."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired([], timeout or 0.0)
+            time.sleep(0.01)
+        return code
+
+
 class Command:
     """`lss ARGUMENTS` in a folder, with these variables and no others, as a process of its own.
 
     Args:
         hook: called in it before.
-        fork: from the process that has imported all; otherwise it is `python -m lss`, which imports what it needs.
+        fork: from the process that has imported all, and so are the ranks that it starts; otherwise it is `python -m lss`,
+            which imports what it needs.
     """
 
     def __init__(
@@ -104,7 +156,7 @@ class Command:
         self._process: Any = None
         if fork:
             given = (typed, dict(environ), str(cwd), *map(str, self._logs), hook)
-            self._process = _CONTEXT.Process(target=_command, args=given)
+            self._process = CONTEXT.Process(target=_command, args=given)
             self._process.start()
         else:
             with self._logs[0].open("w") as out, self._logs[1].open("w") as error:
@@ -170,7 +222,7 @@ class Run:
             place = {"RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(nproc),
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
             mine = place | dict(environ or {}) | dict((of_rank or {}).get(rank, {}))
-            process = _CONTEXT.Process(target=_rank, args=(line, mine, str(self.logs[rank]), hook, report))
+            process = CONTEXT.Process(target=_rank, args=(line, mine, str(self.logs[rank]), hook, report))
             process.start()
             self.processes.append(process)
 

@@ -92,13 +92,14 @@ def _hit_rank(case: Case, folder: Path) -> Outcome:
 def _hit_launcher(case: Case, folder: Path) -> Outcome:
     """The real command: its ranks write their steps, and saves are seen while they are written.
 
-    Where it is hit while it imports what it needs it does import it; later it makes no difference.
+    Where it is hit while it imports what it needs it does import it; later it makes no difference, which one case shows.
     """
     out = folder / "run"
     folder.mkdir(parents=True)
     typed = ["train", *SMALL, *options(case), "--nproc", "2", "--out", str(out)]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = Command(typed, folder, environ, fork=case.moment != "startup")
+    whole = case.moment == "startup" or (case.number, case.moment) == (signal.SIGTERM, "step")
+    process = Command(typed, folder, environ, fork=not whole)
 
     def ready() -> bool:
         if case.moment == "startup":

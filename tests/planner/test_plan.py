@@ -8,10 +8,11 @@ import pytest
 
 from lss.cli import main
 from lss.config import load_config
-from lss.planner import HARDWARE, find_hardware, make_plan
-from lss.planner.estimate import SHORT
+from lss.planner import HARDWARE, find_hardware, make_plan, trace_step
+from lss.planner.drawn import SHORT, Drawn
+from lss.planner.estimate import step_drawn
 from lss.planner.hardware import attention_rate
-from lss.planner.plan import _attention_flops, _counted, _traced
+from lss.planner.plan import _attention_flops
 from tests.test_house import ROOT
 
 SMALL = ["model.d_model=32", "model.n_layers=5", "model.n_heads=4", "model.n_kv_heads=2", "model.d_mlp=48",
@@ -25,7 +26,8 @@ SMALL = ["model.d_model=32", "model.n_layers=5", "model.n_heads=4", "model.n_kv_
 def test_what_is_drawn_out_is_what_a_whole_trace_says(overrides):
     world = 4 if "parallel.dp=2" in overrides else 2
     config = load_config(None, [*SMALL, "train.batch_size=2", f"data.seq_len={3 * SHORT * 2}", *overrides]).resolved(world)
-    assert _traced(config, world) == _counted(config, world)
+    found, whole = step_drawn(config), Drawn.of(trace_step(config))
+    assert (found.products, found.payload) == (whole.products, whole.payload)
 
 
 def test_time_and_memory_of_a_step_on_two_gpus():

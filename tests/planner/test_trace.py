@@ -18,8 +18,8 @@ SMALL = ["model.d_model=32", "model.n_layers=3", "model.n_heads=4", "model.n_kv_
 RUNS = {
     "plain": [],
     "contiguous": ["parallel.order=contiguous", "parallel.regather=false"],
-    "full": ["memory.checkpointing=full", "memory.tiles=16"],
-    "attention": ["memory.checkpointing=attention", "memory.tiles=16", "train.accumulate=2"],
+    "full": ["memory.checkpointing=full", "memory.tiles=64"],
+    "attention": ["memory.checkpointing=attention", "memory.tiles=64", "train.accumulate=2"],
     "ring": ["parallel.strategy=ring"],
     "ulysses": ["parallel.strategy=ulysses"],
     "two-level": ["parallel.strategy=lss_2d", "parallel.inner=2"],
@@ -40,7 +40,7 @@ def _real(world, overrides):
     config = _config(world, overrides)
     model = build_model(config, mesh(config.parallel.cp, config.parallel.dp))
     trace = run_step(config, model)
-    return trace.peak, trace.collectives, trace.steady
+    return trace.peak, trace.collectives, (trace.steady, trace.products)
 
 
 # each on two ranks, or on as many as it needs; some on others too
@@ -50,14 +50,14 @@ WORLDS += [(1, "plain"), (1, "full"), (4, "plain"), (4, "full"), (4, "ulysses"),
 
 @pytest.mark.parametrize("world, name", WORLDS)
 def test_predicted_is_what_happens(world, name):
-    """Bytes and calls of every collective, exactly; the peak of memory, whole and by class, within a tenth of it."""
+    """Collectives' bytes and calls and products' FLOPs, exactly; the peak of memory, and its classes, within a tenth."""
     overrides = RUNS[name]
-    for rank, (peak, collectives, steady) in enumerate(pool(world).run(_real, world, overrides)):
+    for rank, (peak, collectives, counts) in enumerate(pool(world).run(_real, world, overrides)):
         if rank not in (0, world - 1):
             continue
         found = trace_step(_config(world, overrides), rank=rank)
         assert found.collectives == collectives
-        assert found.steady == steady
+        assert (found.steady, found.products) == counts
         assert found.peak.bytes == pytest.approx(peak.bytes, rel=0.1)
         for label in peak.classes | found.peak.classes:
             sizes = [x.classes.get(label, 0) for x in (found.peak, peak)]

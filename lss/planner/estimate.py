@@ -17,7 +17,7 @@ from lss.planner.ledger import Ledger, Peak, stretch
 from lss.planner.remedies import parts, remedies, size
 from lss.planner.trace import trace_step
 from lss.tiled import LOGITS_BYTES, PART_OF_GPU, tile_budget
-from lss.train.memory import sequence_bytes, state_bytes
+from lss.train.memory import host_state_bytes, sequence_bytes, state_bytes
 
 # Tokens a rank of the shorter trace; the longer one has twice as many.
 SHORT = 1024
@@ -97,7 +97,8 @@ def _of_blocks(config: Config, blocks: int, logits: int, granularity: int) -> Pe
     except ValueError:  # chosen otherwise by length: the peaks themselves are drawn out
         less, long = (ledger.peak() for ledger in found)
         classes = {name: round(n + factor * (long.classes.get(name, n) - n)) for name, n in less.classes.items()}
-        return replace(long, bytes=sum(classes.values()), classes=classes, host=round(long.host * (1 + factor) / 2))
+        host = round(less.host + factor * (long.host - less.host))
+        return replace(long, bytes=sum(classes.values()), classes=classes, host=host)
 
 
 def warning(config: Config, there: int, device: torch.device) -> str | None:
@@ -130,4 +131,5 @@ def _far_above(config: Config) -> int:
     wide = min(tokens * model.vocab_size * 8, 2 * LOGITS_BYTES)
     width = 8 if train.dtype == "float64" else 4
     gathered = 8 * config.parallel.cp * model.d_model
-    return 2 * state_bytes(config) + sequence_bytes(config) + tokens * (model.n_layers * block + gathered) * width + 2 * wide
+    state = state_bytes(config) + host_state_bytes(config)
+    return 2 * state + sequence_bytes(config) + tokens * (model.n_layers * block + gathered) * width + 2 * wide

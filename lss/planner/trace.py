@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -112,7 +113,8 @@ def noted(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     """
     ledger.own("weights", chain(model.parameters(), model.buffers()))
     _own_state(ledger, optimizer)
-    hooks = [p.register_post_accumulate_grad_hook(lambda q: ledger.own("gradients", [q.grad])) for p in model.parameters()]
+    trained = [p for p in model.parameters() if p.requires_grad]  # beside adapters all else is frozen
+    hooks: list[Any] = [p.register_post_accumulate_grad_hook(lambda q: ledger.own("gradients", [q.grad])) for p in trained]
     hooks += [model.register_forward_pre_hook(lambda *_: ledger.enter("forward")),
               model.register_forward_hook(lambda *_: ledger.enter("backward")),
               optimizer.register_step_pre_hook(lambda *_: ledger.enter("update"))]  # fmt: skip

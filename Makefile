@@ -13,7 +13,7 @@ SEED ?= 0
 FAULTS ?= 0
 WORKERS ?= 2
 
-.PHONY: help venv demo test fuzz mutants soak lint clean
+.PHONY: help venv demo docs test fuzz mutants soak lint clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -38,6 +38,10 @@ demo: venv  ## train a small model on real text on two processes, and prove that
 	@$(BIN)/lss train configs/tiny.toml --nproc 2 --out $(DEMO)
 	@$(BIN)/lss check configs/tiny.toml --nproc 2
 	@$(BIN)/lss report $(DEMO)
+
+docs: venv  ## build the documentation as a site, build/docs/index.html
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
 
 test: venv  ## run the whole suite, in WORKERS=2 processes
 	@$(BIN)/python -m pytest -n $(WORKERS)

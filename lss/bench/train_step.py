@@ -204,7 +204,7 @@ def our_step(config: Config, mesh_of: Callable[[int, int], DeviceMesh], device: 
     """One step of the config's model at each call, laid out over the mesh of its (cp, dp), on random tokens."""
     assert isinstance(config.parallel.cp, int)
     model = build_model(config, mesh_of(config.parallel.cp, config.parallel.dp))
-    layout, optimizer = layout_of(model), build_optimizer(model, config.optim)
+    layout, optimizer = layout_of(model), build_optimizer(model, config.optim, config.memory.optimizer)
     mine = config.train.batch_size // layout.dp.size
     rows = range(layout.dp.rank * mine, (layout.dp.rank + 1) * mine)
     batches = random_batches(config, rows, layout.segment(config.data.seq_len).positions, device)
@@ -224,7 +224,7 @@ def _plain_step(config: Config, device: torch.device) -> Step:
     """The model without `parallelize`: whole sequences, torch's own clipping."""
     model = Transformer(config.model, config.data.seq_len, seed=config.train.seed)
     model.to(device=device, dtype=parameter_dtype(config.train.dtype))
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, config.memory.optimizer)
     batches = random_batches(config, range(config.train.batch_size), torch.arange(config.data.seq_len), device)
     whole = make_segment(config.data.seq_len, cp=1, rank=0)
     attention = partial(single_attention, segment=whole, kernel=config.parallel.kernel)

@@ -46,6 +46,17 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor if to_local is None else to_local()).detach()
 
 
+def home_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.Tensor:
+    """What an optimizer keeps a parameter's state by: the parameter, or this rank's part of it as a copy on the host."""
+    home = getattr(optimizer, "home", None)
+    return parameter if home is None else home(parameter)
+
+
+def name_of(optimizer: torch.optim.Optimizer) -> str:
+    """An optimizer's name in checkpoints: its class's, or of one that computes the same."""
+    return getattr(optimizer, "saved_as", type(optimizer).__name__)
+
+
 def written_pieces(
     parameters: Iterable[tuple[str, nn.Parameter]], layout: TensorLayout, rank: int
 ) -> dict[str, list[Piece]]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lss.checkpoint.files import DTYPES, NAMES
-from lss.checkpoint.layout import TensorLayout, local_of
+from lss.checkpoint.layout import TensorLayout, home_of, local_of, name_of
 from lss.checkpoint.manifest import Checkpoint
 from lss.checkpoint.quantized import dtype_of, joined
 from lss.config.errors import Refused, refuse
@@ -65,8 +65,8 @@ def load_checkpoint(
         Refused: it does not fit this model or optimizer.
     """
     state, path = checkpoint.read_state(), checkpoint.path
-    if state["optimizer"] != type(optimizer).__name__:
-        raise refuse("optim.name", type(optimizer).__name__.lower(), f"{path} was saved with {state['optimizer'].lower()}")
+    if state["optimizer"] != name_of(optimizer):
+        raise refuse("optim.name", name_of(optimizer).lower(), f"{path} was saved with {state['optimizer'].lower()}")
     weights = checkpoint.tensors("weights")
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if parameters.keys() != weights.keys():
@@ -85,16 +85,17 @@ def load_checkpoint(
         for name, parameter in parameters.items():
             _fill(parameter, reader, weights[name], layout.pieces(name))
             loaded: dict[str, torch.Tensor] = {}
+            home = home_of(optimizer, parameter)
             for key, entry in states[name].items():
                 if isinstance(entry, dict):
                     dtype = dtype_of(key, parameter.dtype)
-                    loaded[key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+                    loaded[key] = torch.zeros_like(home, dtype=dtype, requires_grad=False)
                     _fill(loaded[key], reader, entry, layout.pieces(name))
                 else:
-                    loaded[key] = torch.tensor(float(entry), device=_scalar_device(optimizer, parameter))
+                    loaded[key] = torch.tensor(float(entry), device=_scalar_device(optimizer, home))
             if loaded:
                 joined(optimizer, parameter, loaded)
-                optimizer.state[parameter] = loaded
+                optimizer.state[home] = loaded
     return state
 
 
@@ -115,6 +116,6 @@ def _fill(tensor: torch.Tensor, reader: _Reader, entry: dict[str, Any], pieces: 
     part.copy_(host)
 
 
-def _scalar_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:
+def _scalar_device(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.device:
     # the fused optimizer counts its steps on the parameter's device, the others on the CPU
     return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")

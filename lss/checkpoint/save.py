@@ -23,7 +23,7 @@ from torch import nn
 from lss.checkpoint.digest import PieceDigest, hashers
 from lss.checkpoint.files import NAMES, flush_folder, write_file, write_tensors
 from lss.checkpoint.find import commit, prune, remove_leftovers, writing_folder
-from lss.checkpoint.layout import TensorLayout, local_of, written_pieces
+from lss.checkpoint.layout import TensorLayout, home_of, local_of, name_of, written_pieces
 from lss.checkpoint.manifest import FORMAT, KINDS, MANIFEST, STATE, file_facts, render, tensor_file, tensor_key
 from lss.checkpoint.quantized import parts_of
 from lss.comm import Control
@@ -136,7 +136,7 @@ class Saver:
         for name, parameter in parameters:
             part = local_of(parameter)
             tensors = {("weights", name): part}
-            for key, value in optimizer.state.get(parameter, {}).items():
+            for key, value in optimizer.state.get(home_of(optimizer, parameter), {}).items():
                 value = local_of(value) if torch.is_tensor(value) else value
                 if torch.is_tensor(value) and value.dim() > 0 and value.shape == part.shape:
                     tensors |= {("optimizer", f"{name}/{title}"): x for title, x in parts_of(key, value).items()}
@@ -144,7 +144,7 @@ class Saver:
                     scalars[f"{name}/{key}"] = float(value)
             for (kind, title), tensor in tensors.items():
                 self._add(job, kind, title, tensor, self._layout.whole_shape(name), shares.get(name, ()))
-        job.state |= {"optimizer": type(optimizer).__name__, "optimizer_scalars": scalars}
+        job.state |= {"optimizer": name_of(optimizer), "optimizer_scalars": scalars}
         if any(t.is_cuda for t in self._held.values()) or next(model.parameters()).is_cuda:
             job.ready = torch.cuda.Event()
             job.ready.record()

@@ -100,6 +100,10 @@ class Config:
         if self.optim.name == "adamw8bit" and train.dtype == "float64":
             fit = 'it computes in float32, and train.dtype="float64" asks for more; use "adamw"'
             raise refuse("optim.name", '"adamw8bit"', fit)
+        if self.memory.optimizer == "host" and self.optim.name != "adamw":
+            why = "it keeps no state" if self.optim.name == "sgd" else "its update is compiled for the device"
+            fit = f'optim.name="{self.optim.name}": {why}; use "device", or optim.name="adamw"'
+            raise refuse("memory.optimizer", '"host"', fit)
         refuse_pairs(self._features())
         share = parallel.dp * train.accumulate
         if train.batch_size % share:

@@ -199,6 +199,9 @@ class MemoryConfig:
     offload_gib: float | str = _key("auto", float, "host memory for it, GiB for each rank; auto: a share of half of what is "
                                     "free", low=0.001, choices=("auto",))  # fmt: skip
     offload_path: str = _key("", str, "folder for offload to disk, a fast local one; empty: the system's temporary folder")
+    optimizer: str = _key("device", str, "where AdamW's moments lie and are updated: host memory holds them and a "
+                          "copy of the weights, and gradients and weights travel in every step",
+                          choices=("device", "host"))  # fmt: skip
     tiles: int | str = _key("auto", int, "tokens at a time in the loss and, where it is computed again, in the MLP; auto: "
                             "a tile's widest tensor takes up to 1 GiB and 0.5 GiB (64 MiB on a CPU)", low=1,
                             choices=("auto",))  # fmt: skip

@@ -148,7 +148,7 @@ def _pinned(nbytes: int) -> torch.Tensor:
     if error:
         raise Failed(
             f"Host memory of {nbytes / 2**30:.1f} GiB could not be pinned (CUDA error {error}): lower "
-            "memory.offload_gib, or raise the limit on locked memory (ulimit -l)."
+            'memory.offload_gib, use memory.optimizer="device", or raise the limit on locked memory (ulimit -l).'
         )
     weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr())
     return buffer

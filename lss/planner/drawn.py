@@ -123,7 +123,7 @@ def _of_length(config: Config, logits: int, granularity: int, ranks_per_node: in
         peak = stretch(first, second, factor, logits).peak()
     except ValueError:  # chosen otherwise by length: the peaks themselves are drawn out
         classes = {name: drawn(n, long.peak.classes.get(name, n)) for name, n in less.peak.classes.items()}
-        host = round(long.peak.host * (1 + factor) / 2)
+        host = round(less.peak.host + factor * (long.peak.host - less.peak.host))
         peak = replace(long.peak, bytes=sum(classes.values()), classes=classes, host=host)
     products = less.products + factor * (long.products - less.products)
     return Drawn(peak, products, _by_name(drawn, less.payload, long.payload))

@@ -9,7 +9,7 @@ from lss.planner.drawn import Drawn, draw
 from lss.planner.ledger import Peak
 from lss.planner.remedies import parts, remedies, size
 from lss.tiled import LOGITS_BYTES, PART_OF_GPU, tile_budget
-from lss.train.memory import sequence_bytes, state_bytes
+from lss.train.memory import host_state_bytes, sequence_bytes, state_bytes
 
 
 def step_drawn(
@@ -73,4 +73,5 @@ def _far_above(config: Config) -> int:
     wide = min(tokens * model.vocab_size * 8, 2 * LOGITS_BYTES)
     width = 8 if train.dtype == "float64" else 4
     gathered = 8 * config.parallel.cp * model.d_model
-    return 2 * state_bytes(config) + sequence_bytes(config) + tokens * (model.n_layers * block + gathered) * width + 2 * wide
+    state = state_bytes(config) + host_state_bytes(config)
+    return 2 * state + sequence_bytes(config) + tokens * (model.n_layers * block + gathered) * width + 2 * wide

@@ -17,6 +17,8 @@ from lss.config.errors import refuse
 GIGA, TERA = 1e9, 1e12
 # Parts of the peak that a device which was not measured is taken to reach; those of an H100 here, rounded down.
 MATRIX_PART, ATTENTION_PART = 0.6, 0.5
+# Bytes/s between a device and pinned host memory, each way, as measured beside H100s; and of a host's own memory, a guess.
+HOST_LINK, HOST_BANDWIDTH = 54 * GIGA, 200 * GIGA
 
 
 @dataclass(frozen=True)

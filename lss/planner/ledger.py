@@ -23,7 +23,7 @@ CLASSES = {
     "gathered keys": "keys and values of other ranks' tokens, and their gradients",
     "logits": "tensors of tokens by vocabulary",
     "temporary": "what an operation makes and the next ones use up",
-    "host": "host memory that activations are kept in; no memory of the device",
+    "host": "host memory that activations and optimizer state are kept in; no memory of the device",
 }
 _PURPOSES = {"kv": "gathered keys", "dkv": "gathered keys", "gradients": "gradients"}
 

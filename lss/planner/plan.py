@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lss.config import Config
 from lss.flops import model_flops
 from lss.planner.estimate import step_drawn
-from lss.planner.hardware import Hardware, attention_rate
+from lss.planner.hardware import HOST_BANDWIDTH, HOST_LINK, Hardware, attention_rate
 from lss.planner.ledger import Peak
 from lss.segment import make_segment
 from lss.segment.documents import scores_seen
@@ -81,9 +81,7 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
     }
     seconds["exchange"] = _exposed(config, hardware, payload, seconds["attention"])
     seconds["gradients"] = _summing(config, hardware, payload, sum(seconds.values()))
-    # weights, gradients and both moments are read, and all but the gradients written
-    state = sum(peak.classes.get(name, 0) for name in ("weights", "optimizer", "gradients"))
-    seconds["update"] = 2 * state / hardware.bandwidth
+    seconds["update"] = _update(config, hardware, peak, per_host)
     tokens = config.train.batch_size * config.data.seq_len
     return Plan(peak, int(hardware.memory), seconds, payload, _model_flops(config), tokens, _ranks(config), hardware)
 
@@ -141,6 +139,16 @@ def _exposed(config: Config, hardware: Hardware, payload: dict[str, int], attent
     chunks = config.parallel.head_chunks if isinstance(config.parallel.head_chunks, int) else 1
     first = seconds * (FIRST_STAGE if near else 1.0) / chunks
     return first + max(0.0, seconds - first - attention)
+
+
+def _update(config: Config, hardware: Hardware, peak: Peak, per_host: int) -> float:
+    """Seconds of the update: weights, gradients and both moments are read, and all but the gradients written."""
+    if config.memory.optimizer == "device":
+        state = sum(peak.classes.get(name, 0) for name in ("weights", "optimizer", "gradients"))
+        return 2 * state / hardware.bandwidth
+    # gradients go one way while weights come the other, and both while the host, which its ranks share, updates
+    weights = peak.classes.get("weights", 0)
+    return max(weights / HOST_LINK, 7 * weights * per_host / HOST_BANDWIDTH)
 
 
 def _summing(config: Config, hardware: Hardware, payload: dict[str, int], computing: float) -> float:

@@ -34,6 +34,7 @@ REMEDIES: dict[str, _Remedies] = {
     "optimizer": (
         _SHARD,
         ('optim.name="adamw8bit"', lambda c: c.optim.name == "adamw" and c.train.dtype != "float64"),
+        ('memory.optimizer="host"', lambda c: c.memory.optimizer == "device" and c.optim.name == "adamw"),
         ('optim.name="sgd"', lambda c: c.optim.name != "sgd"),
         ("a smaller model", _always),
     ),

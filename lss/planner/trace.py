@@ -29,6 +29,7 @@ from lss.mesh import close, init_mesh
 from lss.model import Transformer
 from lss.parallel import Layout, clip_grad_norm_, layout_of
 from lss.planner.ledger import Ledger, Peak
+from lss.train.host_optim import HostAdamW
 from lss.train.models import lay_out
 from lss.train.optim import STATE_PART, build_optimizer
 from lss.train.steps import accumulate_gradients, parameter_dtype
@@ -44,7 +45,7 @@ class StepTrace:
         peak: the moment of most memory, by class.
         timeline: (phase, bytes live on the device) after each change.
         collectives: calls, elements and bytes by (kind, purpose, link).
-        steady: bytes of weights, gradients and optimizer state, which are there at any length.
+        steady: bytes of weights, gradients and optimizer state on the device, which are there at any length.
         products: FLOPs of matrix products, attention's own not among them.
     """
 
@@ -102,7 +103,9 @@ def run_step(config: Config, model: nn.Module, *, granularity: int = 1, ledger: 
     ledger = ledger or Ledger(granularity, config.model.vocab_size)
     # a trace cannot run what is compiled: AdamW's state stands for that of 8 bits, and is counted as the part that it takes
     low_bit = config.optim.name == "adamw8bit"
-    optimizer = build_optimizer(model, replace(config.optim, name="adamw") if low_bit else config.optim)
+    optimizer = build_optimizer(
+        model, replace(config.optim, name="adamw") if low_bit else config.optim, config.memory.optimizer
+    )
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -116,7 +119,7 @@ def run_step(config: Config, model: nn.Module, *, granularity: int = 1, ledger: 
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if low_bit:
         ledger.shrink("optimizer", STATE_PART["adamw8bit"])
-    state = sum(x.numel() * x.element_size() for x in _state(optimizer))
+    state = 0 if isinstance(optimizer, HostAdamW) else sum(x.numel() * x.element_size() for x in _state(optimizer))
     steady = sum(x.numel() * x.element_size() for x in chain(model.parameters(), gradients))
     steady += round(STATE_PART["adamw8bit"] * state) if low_bit else state
     return StepTrace(ledger.peak(), ledger.timeline(), dict(counter.tallies), steady, products.flops)
@@ -129,8 +132,9 @@ def noted(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     Nothing that is computed changes by it. What compiled code makes inside is not noted.
     """
     ledger.own("weights", chain(model.parameters(), model.buffers()))
-    ledger.own("optimizer", _state(optimizer))
-    hooks = [p.register_post_accumulate_grad_hook(lambda q: ledger.own("gradients", [q.grad])) for p in model.parameters()]
+    _own_state(ledger, optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]  # beside adapters all else is frozen
+    hooks: list[Any] = [p.register_post_accumulate_grad_hook(lambda q: ledger.own("gradients", [q.grad])) for p in trained]
     hooks += [model.register_forward_pre_hook(lambda *_: ledger.enter("forward")),
               model.register_forward_hook(lambda *_: ledger.enter("backward")),
               optimizer.register_step_pre_hook(lambda *_: ledger.enter("update"))]  # fmt: skip
@@ -141,10 +145,17 @@ def noted(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     finally:
         for handle in hooks:
             handle.remove()
-    ledger.own("optimizer", _state(optimizer))  # which a run's first step makes
+    _own_state(ledger, optimizer)  # which a run's first step makes
     offloader = layout_of(model).offloader
     for tier in offloader.tiers if offloader is not None else ():
         ledger.own("host", tier.buffers())
+
+
+def _own_state(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, HostAdamW):
+        ledger.own("host", optimizer.buffers())
+    else:
+        ledger.own("optimizer", _state(optimizer))
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -53,15 +53,31 @@ class NoMeter:
 def state_bytes(config: Config, parameters: int | None = None) -> int:
     """The least that a rank holds for weights, gradients and optimizer state, cut as fsdp or tensor parallelism cuts them.
 
-    A model is made whole on every rank before it is cut. `parameters`: of a model of transformers.
+    A model is made whole on every rank before it is cut; what lies on the host is not counted. `parameters`: of a model of
+    transformers.
     """
-    parallel, copies = config.parallel, 2 + 2 * STATE_PART[config.optim.name]
+    on_device = config.memory.optimizer == "device"
+    copies = 2 + 2 * STATE_PART[config.optim.name] * on_device
     copies = 1 if config.model.lora_rank else copies  # frozen weights have neither gradients nor state
+    whole, parts = _weights(config, parameters)
+    return max(whole, int(copies * whole) // parts)
+
+
+def host_state_bytes(config: Config, parameters: int | None = None) -> int:
+    """The least that a rank holds in host memory with memory.optimizer="host": weights once more, and both moments."""
+    if config.memory.optimizer == "device" or config.model.lora_rank:
+        return 0
+    whole, parts = _weights(config, parameters)
+    return int((1 + 2 * STATE_PART[config.optim.name]) * whole) // parts
+
+
+def _weights(config: Config, parameters: int | None) -> tuple[int, int]:
+    """(bytes of all weights, the number of ranks that they are cut over)."""
+    parallel = config.parallel
     assert isinstance(parallel.cp, int)
     count = parameter_count(config.model, config.data.seq_len) if parameters is None else parameters
-    whole = count * parameter_dtype(config.train.dtype).itemsize
     parts = parallel.cp * parallel.dp if parallel.fsdp else parallel.cp if parallel.strategy == "tp" else 1
-    return max(whole, int(copies * whole) // parts)
+    return count * parameter_dtype(config.train.dtype).itemsize, parts
 
 
 def sequence_bytes(config: Config) -> int:
@@ -93,6 +109,11 @@ def refuse_too_large(config: Config, device_type: str, ranks_here: int, paramete
     else:
         there, sharing, where = all_memory(), ranks_here, "this host"
     state, sequence = state_bytes(config, parameters) * sharing, sequence_bytes(config) * sharing
+    on_host = host_state_bytes(config, parameters) * ranks_here
+    if on_host > all_memory():
+        fit = f"{ranks_here} ranks take {_size(on_host)} of this host, which has {_size(all_memory())}"
+        raise refuse("memory.optimizer", '"host"', f'{fit}; use "device", or more hosts')
+    state += on_host if device_type == "cpu" else 0
     if state + sequence <= there:
         return
     of = f" of {sharing} ranks" if sharing > 1 else ""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
 
 from lss.config import OptimConfig
 from lss.config.errors import refuse
+from lss.train.host_optim import HostAdamW
 
 # torchao quantizes states of so many values or more, in blocks of so many.
 LOW_BIT_FROM, LOW_BIT_BLOCK = 4096, 256
@@ -17,19 +19,20 @@ LOW_BIT_FROM, LOW_BIT_BLOCK = 4096, 256
 STATE_PART = {"adamw": 1.0, "adamw8bit": 0.25 + 1 / LOW_BIT_BLOCK, "sgd": 0.0}
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, place: str = "device") -> torch.optim.Optimizer:
     """AdamW or plain SGD over the model's parameters, made after `parallelize`, which may have cut some.
 
     Weight decay acts on matrices (weights of two dimensions and more), not on norms' scales and shifts. "adamw8bit" keeps
     both moments in 8 bits with a scale for each 256 values (Dettmers et al. 2021, arXiv 2110.02861; torchao's), but those of
-    small parameters and of parts that 256 does not divide; its update is compiled.
+    small parameters and of parts that 256 does not divide; its update is compiled. With place "host" AdamW's moments lie in
+    host memory, where the update is computed (`lss.train.host_optim`).
 
     Raises:
         Refused: as `check_optimizer`; or shards of a parameter of which some would be of 8 bits and others not.
     """
     check_optimizer(config)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = []
+    groups: list[dict[str, Any]] = []
     # sharded parameters are tensors of another type than whole ones, and one fused update takes one type
     for kind in dict.fromkeys(map(type, parameters)):
         mine = [p for p in parameters if type(p) is kind]
@@ -43,6 +46,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         for name, p in model.named_parameters():
             _refuse_uneven(name, p)
         return AdamW8bit(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    if place == "host":
+        assert config.name == "adamw", "the config refuses others"
+        return HostAdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

@@ -80,7 +80,7 @@ class Trainer:
         self.corpus = corpus
         self.model = self.subject.build(mesh)
         self.layout = layout_of(self.model)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model, config.optim, config.memory.optimizer)
         self.loader = self._loader()
         self.first = mesh.get_rank() == 0
         self.saving = Saving(

@@ -10,7 +10,7 @@ import torch
 
 import lss.checkpoint.files as files
 import lss.checkpoint.save as save
-from lss.checkpoint.layout import local_of
+from lss.checkpoint.layout import home_of, local_of
 from lss.config.errors import Failed
 from lss.parallel import full_state_dict
 from lss.train.trainer import Trainer
@@ -24,10 +24,10 @@ def trainer_of(ranks: int, out: str, overrides: list[str]) -> Trainer:
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights and optimizer states, whole."""
+    """Weights and optimizer states, whole; states on the host as this rank's parts."""
     found = {f"weights {name}": tensor.clone() for name, tensor in full_state_dict(trainer.model).items()}
     for name, parameter in trainer.model.named_parameters():
-        for key, value in trainer.optimizer.state.get(parameter, {}).items():
+        for key, value in trainer.optimizer.state.get(home_of(trainer.optimizer, parameter), {}).items():
             found[f"{key} {name}"] = trainer.layout.whole(name, value).clone() if value.dim() else value.clone()
     return found
 

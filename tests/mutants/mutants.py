@@ -419,4 +419,18 @@ MUTANTS = (
         'reason = told[self._control.rank]["reason"]',
         ("tests/checkpoint/test_disk_full.py",),
     ),
+    Mutant(
+        "weights that a checkpoint brings do not reach the host's copies",
+        "lss/train/host_optim.py",
+        "if part._version != bucket.seen[number]:",
+        "if bucket.seen[number] == -1:",
+        ("tests/train/test_host_optim.py",),
+    ),
+    Mutant(
+        "gradients of two buckets share one buffer on their way to the host",
+        "lss/train/host_optim.py",
+        "self._staging[number % 2]",
+        "self._staging[0]",
+        ("tests/train/test_host_optim.py",),
+    ),
 )

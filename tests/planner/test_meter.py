@@ -13,6 +13,7 @@ from lss.config import load_config
 from lss.parallel import full_state_dict
 from lss.planner import CLASSES, Meter, trace_step
 from lss.planner.remedies import REMEDIES, remedies
+from lss.planner.trace import synthetic_batch
 from lss.train.trainer import Trainer
 from tests.distributed.pool import mesh, pool
 from tests.train.jobs import config_of
@@ -52,6 +53,30 @@ def test_the_second_step_is_told_and_no_bit_changes(tmp_path, name):
     assert facts["host"] == predicted.host
     assert f"peak memory of step 2, rank {facts['rank']}" in lines[0]
     assert len(lines) == 1 + sum(1 for n in (*facts["classes"].values(), facts["host"]) if n)
+
+
+def frozen():
+    """Classes of a step in which only the embedding is trained, as adapters are."""
+    from lss.train.models import build_model
+    from lss.train.optim import build_optimizer
+    from lss.train.steps import accumulate_gradients
+
+    config = config_of(1)
+    meter = Meter(config, torch.device("cpu"), control(mesh(1, 1), "memory"))
+    model = build_model(config, mesh(1, 1))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "embedding.weight")
+    optimizer = build_optimizer(model, config.optim)
+    with meter.step(1, model, optimizer):
+        accumulate_gradients(model, [synthetic_batch(config, model)], config, step=1)
+        optimizer.step()
+    return meter.facts(last=True)["classes"], model.embedding.weight.numel()
+
+
+def test_weights_that_are_not_trained_are_no_hindrance():
+    ((classes, trained),) = pool(1).run(frozen)
+    assert classes["weights"] > 8 * trained
+    assert classes.get("gradients", 0) <= 8 * trained
 
 
 def short_of(operation):

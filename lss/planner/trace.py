@@ -109,7 +109,8 @@ def noted(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     """
     ledger.own("weights", chain(model.parameters(), model.buffers()))
     ledger.own("optimizer", _state(optimizer))
-    hooks = [p.register_post_accumulate_grad_hook(lambda q: ledger.own("gradients", [q.grad])) for p in model.parameters()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(lambda q: ledger.own("gradients", [q.grad])) for p in trained]
     hooks += [model.register_forward_pre_hook(lambda *_: ledger.enter("forward")),
               model.register_forward_hook(lambda *_: ledger.enter("backward")),
               optimizer.register_step_pre_hook(lambda *_: ledger.enter("update"))]  # fmt: skip

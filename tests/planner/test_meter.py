@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import lss
 from lss.comm import control
 from lss.config import load_config
+from lss.model import Transformer
 from lss.parallel import full_state_dict
 from lss.planner import CLASSES, Meter, trace_step
+from lss.planner.ledger import Ledger
 from lss.planner.remedies import REMEDIES, remedies
+from lss.planner.trace import noted
 from lss.train.trainer import Trainer
+from tests.distributed.model_cases import model_config
 from tests.distributed.pool import mesh, pool
 from tests.train.jobs import config_of
 
@@ -97,3 +102,20 @@ def test_remedies_leave_out_what_is_on():
     tight = load_config(None, ["parallel.fsdp=true", "memory.checkpointing=full", "memory.offload=disk"]).resolved(2)
     assert "fsdp" not in remedies("optimizer", tight)
     assert remedies("activations", tight) == "a larger train.accumulate, a larger parallel.cp or a shorter data.seq_len"
+
+
+def frozen():
+    """The classes that a ledger has noted of a step whose embedding is not trained, and the bytes of what is."""
+    model = lss.parallelize(Transformer(model_config(), 8), mesh(1))
+    model.embedding.weight.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ledger, ids = Ledger(), torch.zeros(1, 8, dtype=torch.int64)
+    with noted(ledger, model, torch.optim.SGD(trained)):
+        model(ids, ids).loss.backward()
+    return ledger.peak().classes, sum(p.numel() * p.element_size() for p in trained)
+
+
+def test_weights_that_are_not_trained_are_noted_without_gradients():
+    """As of a model with adapters, whose other weights take no hook for a gradient."""
+    ((classes, size),) = pool(1).run(frozen)
+    assert 0 < classes["gradients"] <= size

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, sharded over the ranks that write, read into any layout."""
 
 from lss.checkpoint.find import agree_on_checkpoint, check_together, find_checkpoint, probe_shared, saved_steps
-from lss.checkpoint.load import load_checkpoint, read_weights
+from lss.checkpoint.load import load_checkpoint, load_weights, read_weights
 from lss.checkpoint.manifest import Checkpoint, open_checkpoint, verify
 from lss.checkpoint.save import Outcome, Saver
 
@@ -13,6 +13,7 @@ __all__ = [
     "check_together",
     "find_checkpoint",
     "load_checkpoint",
+    "load_weights",
     "open_checkpoint",
     "probe_shared",
     "read_weights",

@@ -87,8 +87,11 @@ def _damaged(reason: str, fallback: bool) -> Refused:
     return Refused(f"{reason.rstrip('.')}; {hint}.")
 
 
-def check_together(path: Path, control: Control) -> tuple[Checkpoint | None, str]:
+def check_together(path: Path, control: Control, kind: str = "") -> tuple[Checkpoint | None, str]:
     """Check every byte of a save, its files shared out over the ranks; returns it, or None and what is amiss.
+
+    Args:
+        kind: "weights" where the optimizer's state is not going to be read; state.json is checked always.
 
     Collectives: one gather over `control`.
     """
@@ -96,7 +99,8 @@ def check_together(path: Path, control: Control) -> tuple[Checkpoint | None, str
     try:
         checkpoint = open_checkpoint(path)
         # the largest first, dealt out in turn
-        names = sorted(checkpoint.files, key=lambda name: (-checkpoint.files[name]["bytes"], name))
+        files = {name: facts for name, facts in checkpoint.files.items() if name.startswith(kind)}
+        names = sorted(files, key=lambda name: (-files[name]["bytes"], name))
         for name in {*names[control.rank :: control.size], STATE}:
             checkpoint.check_file(name)
         checkpoint.read_state()

@@ -54,6 +54,20 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return weights
 
 
+def load_weights(checkpoint: Checkpoint, model: nn.Module, layout: TensorLayout) -> None:
+    """Load weights alone into a model, each rank its part by `layout`, in whatever dtype the model has.
+
+    Raises:
+        Refused: they do not fit this model; nothing is loaded then.
+    """
+    weights, parameters = checkpoint.tensors("weights"), _same_names(checkpoint, model)
+    for name in parameters:
+        _refuse_shape(checkpoint, name, weights[name], layout.whole_shape(name))
+    with _Reader(checkpoint) as reader, torch.no_grad():
+        for name, parameter in parameters.items():
+            _fill(parameter, reader, weights[name], layout.pieces(name))
+
+
 def load_checkpoint(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, layout: TensorLayout
 ) -> dict[str, Any]:
@@ -67,11 +81,7 @@ def load_checkpoint(
     state, path = checkpoint.read_state(), checkpoint.path
     if state["optimizer"] != name_of(optimizer):
         raise refuse("optim.name", name_of(optimizer).lower(), f"{path} was saved with {state['optimizer'].lower()}")
-    weights = checkpoint.tensors("weights")
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if parameters.keys() != weights.keys():
-        odd = sorted(parameters.keys() ^ weights.keys())[0]
-        raise Refused(f"{path}: its parameters are not this model's; {odd} is in one of them only.")
+    weights, parameters = checkpoint.tensors("weights"), _same_names(checkpoint, model)
     states: dict[str, dict[str, Any]] = {name: {} for name in parameters}
     for entries in (checkpoint.tensors("optimizer"), state["optimizer_scalars"]):
         for title, entry in entries.items():
@@ -99,11 +109,25 @@ def load_checkpoint(
     return state
 
 
+def _same_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters that are trained, by name; refuses a checkpoint that has others."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = checkpoint.tensors("weights")
+    if parameters.keys() != weights.keys():
+        odd = sorted(parameters.keys() ^ weights.keys())[0]
+        raise Refused(f"{checkpoint.path}: its parameters are not this model's; {odd} is in one of them only.")
+    return parameters
+
+
+def _refuse_shape(checkpoint: Checkpoint, name: str, entry: dict[str, Any], shape: tuple[int, ...]) -> None:
+    if tuple(entry["shape"]) != shape:
+        raise refuse(name, tuple(entry["shape"]), f"{checkpoint.path} does not fit this model, which has {shape}")
+
+
 def _refuse_misfit(
     checkpoint: Checkpoint, name: str, entry: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    if tuple(entry["shape"]) != shape:
-        raise refuse(name, tuple(entry["shape"]), f"{checkpoint.path} does not fit this model, which has {shape}")
+    _refuse_shape(checkpoint, name, entry, shape)
     if DTYPES[entry["dtype"]] != dtype:
         fit = f"{checkpoint.path} does not fit this run, whose train.dtype keeps it in {NAMES[dtype]}"
         raise refuse(name, entry["dtype"], fit)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lss.cli.bench_options import add_bench
+from lss.cli.use_options import add_eval
 from lss.config import LARGEST, show
 from lss.config.errors import Failed, FailedElsewhere, Refused, SaidElsewhere, Stopped, refuse
 from lss.train.signals import Signals, is_first_rank
@@ -38,8 +39,10 @@ RANGES = {
     "--upto": (1, LARGEST),
     "--steps": (1, 1 << 20),
     "--trial-seconds": (1, 1 << 24),
+    "--window": (1, LARGEST),
+    "--stride": (1, LARGEST),
 }
-VERBS = ("train", "check", "plan", "bench", "data", "export", "verify", "report")
+VERBS = ("train", "check", "eval", "plan", "bench", "data", "export", "verify", "report")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _config_arguments(check)
     check.add_argument("--hf", metavar="MODEL", help="a Hugging Face model instead: a folder, or OWNER/NAME on the Hub")
 
+    add_eval(verbs)
     _add_plan(verbs)
     add_bench(verbs, _Parser)
 
@@ -201,7 +205,7 @@ def _expand_segments() -> None:
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    if options.verb in ("train", "bench"):
+    if options.verb in ("train", "bench", "eval"):
         _expand_segments()
     # each verb's room is imported only when it is asked for: torch alone takes seconds
     if options.verb == "train":
@@ -216,6 +220,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         from lss.cli.check import check
 
         return check(options, arguments)
+    if options.verb == "eval":
+        from lss.cli.eval import evaluate
+
+        return evaluate(options, arguments)
     if options.verb == "plan":
         from lss.cli.plan import plan
 

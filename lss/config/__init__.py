@@ -1,6 +1,6 @@
 """Settings: one table of keys, read from TOML and overrides, refused in one sentence where they do not fit."""
 
-from lss.config.config import Config, load_config
+from lss.config.config import Config, load_config, overridden
 from lss.config.errors import Failed, Refused, refuse
 from lss.config.presets import PRESETS
 from lss.config.sections import (
@@ -31,6 +31,7 @@ __all__ = [
     "TrainConfig",
     "load_config",
     "markdown_table",
+    "overridden",
     "refuse",
     "show",
 ]

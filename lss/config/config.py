@@ -298,6 +298,15 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         Refused: the file cannot be read, or a key or value is unknown or wrong.
     """
     values = {} if path is None else _read(Path(path))
+    return Config.from_dict(overridden(values, overrides), Path(path).stem if path is not None else "tiny")
+
+
+def overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of a config, by section and key, with `section.key=value` overrides put in; `values` is changed.
+
+    Raises:
+        Refused: a key is unknown.
+    """
     for override in overrides:
         name, equals, text = override.partition("=")
         section, dot, key = name.strip().partition(".")
@@ -309,7 +318,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         if not isinstance(entries, dict):
             raise refuse(section, show(entries), f"it is a section; write [{section}] and its keys below")
         entries[key] = _value(text.strip())
-    return Config.from_dict(values, Path(path).stem if path is not None else "tiny")
+    return values
 
 
 def _read(path: Path) -> dict[str, Any]:

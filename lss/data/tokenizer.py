@@ -60,6 +60,10 @@ class Tokenizer:
         """The text of ids."""
         return self._it.decode(list(ids))
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text that ids were made of, without what marks a document's end."""
+        return self._it.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def save(self, folder: Path) -> list[Path]:
         """Write its files into a folder; returns them."""
         self._it.save_pretrained(folder)

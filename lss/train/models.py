@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.checkpoint import find_checkpoint
+from lss.checkpoint import Checkpoint, check_together, find_checkpoint, load_weights
 from lss.checkpoint.files import hash_file
+from lss.comm import control
 from lss.config import Config
 from lss.config.errors import Refused, refuse
 from lss.data.tokenizer import Tokenizer
@@ -22,7 +24,7 @@ from lss.integrations.hf.adapters import add_adapters
 from lss.integrations.hf.source import Source, dropout_rates, kept_source, open_source, with_rope_scaling, with_shape
 from lss.model import Transformer
 from lss.model.size import parameter_count
-from lss.parallel import parallelize
+from lss.parallel import layout_of, parallelize
 from lss.train.steps import parameter_dtype
 
 # folder of a run for the files of the model's tokenizer
@@ -92,19 +94,22 @@ class Subject:
         self.source.save_generation(aside)
         aside.rename(out / KEPT)
 
-    def build(self, mesh: DeviceMesh, seq_len: int | None = None, *, weights: bool = True) -> nn.Module:
+    def build(
+        self, mesh: DeviceMesh, seq_len: int | None = None, *, weights: bool = True, packed: bool | None = None
+    ) -> nn.Module:
         """The model, laid out over the mesh and given segments, on the mesh's device.
 
-        `weights`: False where they are loaded afterwards, from a checkpoint.
+        `weights`: False where they are loaded afterwards, from a checkpoint. `packed`: as for `parallelize`, by default
+        data.packing.
         """
         train, dtype = self.config.train, parameter_dtype(self.config.train.dtype)
         if self.source is not None:
             model = self.source.build(dtype=dtype, seed=train.seed, weights=weights)
             if self.config.model.lora_rank:
                 model = add_adapters(model, self.config.model, train.seed)
-            return lay_out(self.config, model.to(mesh.device_type).train(), mesh)
+            return lay_out(self.config, model.to(mesh.device_type).train(), mesh, packed)
         model = Transformer(self.config.model, seq_len or self.config.data.seq_len, seed=train.seed)
-        return lay_out(self.config, model.to(device=mesh.device_type, dtype=dtype), mesh)
+        return lay_out(self.config, model.to(device=mesh.device_type, dtype=dtype), mesh, packed)
 
 
 def find_model(config: Config, out: Path | None = None) -> Subject:
@@ -123,7 +128,18 @@ def find_model(config: Config, out: Path | None = None) -> Subject:
         kept = state.get("hf", {})
         if newest is not None and not kept:
             raise refuse("model.hf", name, f"{out} holds a run of another model; choose another --out")
-    model = config.model
+    return subject_of(config, kept)
+
+
+def subject_of(config: Config, kept: Mapping[str, Any]) -> Subject:
+    """What a config trains; a model of transformers is the one that a checkpoint kept, where it kept any.
+
+    Raises:
+        Refused: as `find_model`.
+    """
+    name, model = config.model.hf, config.model
+    if not name:
+        return Subject(config)
     if kept:  # its config has been stretched already
         source = kept_source(kept, name, weights=model.lora_rank > 0)
     else:
@@ -131,12 +147,37 @@ def find_model(config: Config, out: Path | None = None) -> Subject:
     return Subject(with_shape(config, source), source)
 
 
+def load_model(subject: Subject, checkpoint: Checkpoint | None, mesh: DeviceMesh, rows: int) -> nn.Module:
+    """A trained model for sequences of data.seq_len, laid out over the mesh and given segments.
+
+    Args:
+        checkpoint: its weights, every byte of which is checked; None for a model of transformers with its own.
+        rows: what it was trained with as data.seq_len: the rows of a learned position table.
+
+    Raises:
+        Refused: damaged, or not this model's; the same on every rank.
+
+    Collectives: with a checkpoint one gather, host to host; and those of laying out.
+    """
+    config = subject.config
+    # a table that is cut has the rows of one length alone
+    packed = config.data.packing or rows != config.data.seq_len
+    if checkpoint is None:
+        return subject.build(mesh, rows, packed=packed)
+    _, reason = check_together(checkpoint.path, control(mesh, "checkpoints"), "weights")
+    if reason:
+        raise Refused(reason)
+    model = subject.build(mesh, rows, weights=config.model.lora_rank > 0, packed=packed)
+    load_weights(checkpoint, model, layout_of(model))
+    return model
+
+
 def build_model(config: Config, mesh: DeviceMesh, seq_len: int | None = None) -> nn.Module:
     """The config's model, laid out over the mesh and given segments, on the mesh's device."""
     return find_model(config).build(mesh, seq_len)
 
 
-def lay_out(config: Config, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def lay_out(config: Config, model: nn.Module, mesh: DeviceMesh, packed: bool | None = None) -> nn.Module:
     """A plain model laid out over the mesh as the config says."""
     parallel = config.parallel
     return parallelize(
@@ -158,7 +199,7 @@ def lay_out(config: Config, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         transport=parallel.transport,
         dkv_dtype=parallel.dkv_dtype,
         precut=True,
-        packed=config.data.packing,
+        packed=config.data.packing if packed is None else packed,
         tiles=config.memory.tiles,
         compile=config.train.compile,
     )

@@ -433,4 +433,18 @@ MUTANTS = (
         "self._staging[0]",
         ("tests/train/test_host_optim.py",),
     ),
+    Mutant(
+        "windows count what they overlap twice",
+        "lss/data/windows.py",
+        "np.where(k == 0, start, start + window - stride)",
+        "start",
+        ("tests/data/test_windows.py",),
+    ),
+    Mutant(
+        "losses by token are summed on each rank alone",
+        "lss/train/evaluate.py",
+        'total = layout_of(model).all.all_reduce(total, "loss").wait()',
+        "pass",
+        ("tests/train/test_evaluate.py",),
+    ),
 )

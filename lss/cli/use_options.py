@@ -1,0 +1,33 @@
+"""The options of the commands that use a trained model: `lss eval` and `lss generate`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_eval(verbs: Any) -> None:
+    """`lss eval`."""
+    parser = verbs.add_parser(
+        "eval",
+        help="perplexity and bits per byte of a whole text",
+        description="The loss of every token of a text, counted once, with the model's sequences cut over ranks.",
+    )
+    _model(parser)
+    parser.add_argument("--window", type=int, metavar="W",
+                        help="read windows of W tokens that overlap, instead of sequences of data.seq_len")  # fmt: skip
+    parser.add_argument("--stride", type=int, metavar="T",
+                        help="from a window to the next (default half of W): each token sees W - T or more")  # fmt: skip
+    parser.add_argument("--part", metavar="PART",
+                        help="all, held-out or training; default all, of the run's own data held-out")  # fmt: skip
+    parser.add_argument("--per-token", metavar="FILE", help="write each token's loss there: a .npy or .jsonl file")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="CKPT_OR_HF",
+                        help="a run, one of its checkpoints, or a Hugging Face model: a folder or OWNER/NAME")  # fmt: skip
+    parser.add_argument("config", nargs="*", metavar="key=value", help="settings such as data.path=book.txt")
+    parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
+    parser.add_argument("--rendezvous-timeout", type=float, default=60.0, metavar="SECONDS",
+                        help="how long ranks wait for one another at the start (default 60)")  # fmt: skip

@@ -121,6 +121,10 @@ def _add_plan(verbs: Any) -> None:
     plan.add_argument("--gpu", default="h100", metavar="NAME", help="h100 (default), h200, a100, v100 or mi300x")
     plan.add_argument("--price", type=float, metavar="P", help="of a device and hour, in your money")
     plan.add_argument("--tokens", type=float, metavar="T", help="say how long training on so many takes")
+    question = plan.add_mutually_exclusive_group()
+    question.add_argument("--search", action="store_true", help="find the fastest settings; key=value stay as given")
+    question.add_argument("--longest", action="store_true", help="find the longest sequence that fits")
+    question.add_argument("--fewest", action="store_true", help="find the fewest devices that data.seq_len fits on")
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +170,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stopped.code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # whoever read the output, `head` for one, wants no more of it; the interpreter's own last flush must not fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _refuse_threads() -> None:
@@ -225,6 +233,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
         return evaluate(options, arguments)
     if options.verb == "plan":
+        if options.search or options.longest or options.fewest:
+            from lss.cli.plan_search import search
+
+            return search(options)
         from lss.cli.plan import plan
 
         return plan(options)

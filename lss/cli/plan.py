@@ -17,6 +17,7 @@ PARTS = {
     "matrices": "all other matrix products, with what is computed again",
     "exchange": "keys and their gradients, as far as attention does not hide them",
     "gradients": "summing them, as far as backward does not hide it",
+    "offload": "copies to the host and back, as far as the above does not hide them",
     "update": "of the weights",
 }
 

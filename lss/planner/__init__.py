@@ -5,9 +5,10 @@ from lss.planner.hardware import HARDWARE, Hardware, find_hardware
 from lss.planner.ledger import CLASSES, Ledger, Peak
 from lss.planner.meter import Meter
 from lss.planner.plan import Plan, make_plan
+from lss.planner.search import Search, Tried
 from lss.planner.trace import StepTrace, trace_step
 
 __all__ = [
-    "CLASSES", "HARDWARE", "Hardware", "Ledger", "Meter", "Peak", "Plan", "StepTrace", "estimate", "find_hardware",
-    "make_plan", "trace_step", "warning",
+    "CLASSES", "HARDWARE", "Hardware", "Ledger", "Meter", "Peak", "Plan", "Search", "StepTrace", "Tried", "estimate",
+    "find_hardware", "make_plan", "trace_step", "warning",
 ]  # fmt: skip

@@ -35,6 +35,7 @@ class Hardware:
         link: bytes/s that one device sends another of its host; `network`: of another host.
         per_host: devices of a host.
         watts: what a device takes under load.
+        host: bytes of host memory for each device.
         measured: whether rates were measured, by this library's benches or others'.
         source: of the numbers.
     """
@@ -49,16 +50,17 @@ class Hardware:
     network: float
     per_host: int
     watts: float
+    host: float
     measured: bool
     source: str
 
 
 def _unmeasured(name: str, gib: float, peak: float, bandwidth: float, link: float, network: float, per_host: int,
-                watts: float, source: str) -> Hardware:  # fmt: skip
+                watts: float, host: float, source: str) -> Hardware:  # fmt: skip
     rate = ATTENTION_PART * peak * TERA
     return Hardware(
         name, gib * 2**30, peak * TERA, MATRIX_PART * peak * TERA, {64: ((8192, rate),), 128: ((8192, rate),)},
-        bandwidth * GIGA, link * GIGA, network * GIGA, per_host, watts, False, source,
+        bandwidth * GIGA, link * GIGA, network * GIGA, per_host, watts, host * GIGA, False, source,
     )  # fmt: skip
 
 
@@ -67,16 +69,20 @@ HARDWARE = {
         "H100 SXM 80GB", 79.1 * 2**30, 989 * TERA, 610 * TERA,
         {64: ((8192, 458 * TERA), (16384, 549 * TERA), (131072, 511 * TERA)),
          128: ((8192, 533 * TERA), (16384, 604 * TERA), (131072, 612 * TERA))},
-        3350 * GIGA, 339 * GIGA, 50 * GIGA, 8, 700, True,
+        3350 * GIGA, 339 * GIGA, 50 * GIGA, 8, 700, 250 * GIGA, True,
         "benchmarks/results (step-parts-h100, probe-2xh100: flash-attn-4, matrix products by tiles, copies over NVLink); "
-        "memory bandwidth, network (one 400 Gb/s port a GPU) and power by NVIDIA's data sheet and DGX H100's",
+        "memory bandwidth, network (one 400 Gb/s port a GPU), power and host memory (2 TB for 8) by NVIDIA's data sheets of "
+        "the H100 and the DGX H100",
     ),
-    "h200": _unmeasured("H200 SXM 141GB", 139.8, 989, 4800, 339, 50, 8, 700, "NVIDIA's data sheet of H200 and HGX H200"),
-    "a100": _unmeasured("A100 SXM 80GB", 79.1, 312, 2039, 240, 25, 8, 400, "NVIDIA's data sheet of A100 and DGX A100"),
-    "v100": _unmeasured("V100 SXM2 16GB, Summit", 15.8, 125, 900, 45, 4.2, 6, 300,
+    "h200": _unmeasured("H200 SXM 141GB", 139.8, 989, 4800, 339, 50, 8, 700, 250,
+                        "NVIDIA's data sheet of H200 and HGX H200; the host's memory as of a DGX H100"),
+    "a100": _unmeasured("A100 SXM 80GB", 79.1, 312, 2039, 240, 25, 8, 400, 250,
+                        "NVIDIA's data sheet of A100 and DGX A100 (2 TB)"),
+    "v100": _unmeasured("V100 SXM2 16GB, Summit", 15.8, 125, 900, 45, 4.2, 6, 300, 85,
                         "NVIDIA's data sheet of V100 (float16); Summit: six a node, NVLink 2 at 50 GB/s a direction between "
-                        "three, two 100 Gb/s ports a node (OLCF user guide)"),
-    "mi300x": _unmeasured("MI300X 192GB", 191.5, 1307, 5300, 50, 50, 8, 750, "AMD's data sheet of MI300X"),
+                        "three, two 100 Gb/s ports and 512 GB a node (OLCF user guide)"),
+    "mi300x": _unmeasured("MI300X 192GB", 191.5, 1307, 5300, 50, 50, 8, 750, 250,
+                          "AMD's data sheet of MI300X; a host of 2 TB is a guess"),
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from lss.planner.hardware import HOST_BANDWIDTH, HOST_LINK, Hardware, attention_
 from lss.planner.ledger import Peak
 from lss.segment import make_segment
 from lss.segment.documents import scores_seen
+from lss.train.memory import host_state_bytes
 from lss.train.models import find_model
 
 # A part of a gather that is not hidden behind attention where transfers are staged: the keys that the first call waits for.
@@ -32,7 +33,7 @@ class Plan:
     Attributes:
         peak: memory, as of `estimate`; `room`: bytes of the device.
         seconds: by part: "attention", "matrices", "exchange" (what attention does not hide), "gradients" (summing that
-            backward does not hide), "update".
+            backward does not hide), "offload" (copies to the host and back that nothing hides), "update".
         payload: bytes of collectives by purpose.
         flops: model FLOPs of the whole step, all ranks, by which MFU is told.
         tokens: of a step, all ranks.
@@ -50,8 +51,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the device's memory."""
-        return self.peak.bytes <= self.room
+        """Whether the peak is within the device's memory, and its part of the host's."""
+        return self.peak.bytes <= self.room and self.peak.host <= self.hardware.host
 
     @property
     def step(self) -> float:
@@ -81,6 +82,7 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
     }
     seconds["exchange"] = _exposed(config, hardware, payload, seconds["attention"])
     seconds["gradients"] = _summing(config, hardware, payload, sum(seconds.values()))
+    seconds["offload"] = max(0.0, _copied(config, peak) / HOST_LINK - sum(seconds.values()))
     seconds["update"] = _update(config, hardware, peak, per_host)
     tokens = config.train.batch_size * config.data.seq_len
     return Plan(peak, int(hardware.memory), seconds, payload, _model_flops(config), tokens, _ranks(config), hardware)
@@ -139,6 +141,11 @@ def _exposed(config: Config, hardware: Hardware, payload: dict[str, int], attent
     chunks = config.parallel.head_chunks if isinstance(config.parallel.head_chunks, int) else 1
     first = seconds * (FIRST_STAGE if near else 1.0) / chunks
     return first + max(0.0, seconds - first - attention)
+
+
+def _copied(config: Config, peak: Peak) -> int:
+    """Bytes of activations that go to the host and come back, twice those that it holds."""
+    return 2 * max(0, peak.host - host_state_bytes(config)) if config.memory.offload != "none" else 0
 
 
 def _update(config: Config, hardware: Hardware, peak: Peak, per_host: int) -> float:

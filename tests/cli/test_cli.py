@@ -216,3 +216,12 @@ def test_another_run_in_the_folder_is_refused_once(tmp_path):
     assert done.returncode == 2
     assert "holds a run made with 48" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_reader_that_goes_ends_the_command_quietly(capfd, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("lss.cli.main._run", gone)
+    assert main(["verify", "anything"]) == 141
+    assert capfd.readouterr().err == ""

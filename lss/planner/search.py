@@ -1,0 +1,270 @@
+"""The best settings for a model and a cluster, the longest sequence, or the smallest cluster: plans tried in a good order.
+
+Nothing here computes a time or a byte of its own: every candidate is a `Plan`. What is left out, and why:
+
+- Settings that lessen memory cost time, each more than the one before (`RUNGS`, then sharding). For a number of ranks that
+  share a sequence they are tried in this order until one fits; what comes behind it could only be slower.
+- More ranks a sequence exchange more keys for the same work, but leave more room. So once the fastest rung fits, `cp` grows
+  until two in a row were slower.
+- A rung that was far from fitting with fewer ranks a sequence is not traced again where its activations, divided among more,
+  still leave it far from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from lss.config import Config
+from lss.config.errors import Refused
+from lss.planner.hardware import Hardware
+from lss.planner.plan import Plan, make_plan
+from lss.planner.remedies import size
+from lss.train.memory import host_state_bytes, state_bytes
+
+# (memory.checkpointing, memory.offload), the fastest first.
+RUNGS = (("none", "none"), ("attention", "none"), ("attention", "host"), ("full", "none"), ("full", "host"))
+# Tokens of a rank at least; shorter segments would be kernels of next to nothing.
+LEAST_SEGMENT = 128
+# Numbers of ranks a sequence that are looked at, at most.
+MOST_CP = 12
+# How far above the room a rung must be drawn out to be passed over without a trace.
+FAR = 1.25
+# Lengths are found to this part of themselves.
+CLOSE = 0.02
+MOST_RANKS = 1 << 17
+
+Build = Callable[[Sequence[str], int], Config]
+Settings = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One candidate: its settings as overrides, its plan (None where none was needed or it was refused), and why it lost."""
+
+    settings: Settings
+    plan: Plan | None
+    why: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is a plan that fits."""
+        return self.plan is not None and self.plan.fits
+
+    @property
+    def cost(self) -> float:
+        """Seconds a token of the whole cluster."""
+        assert self.plan is not None
+        return self.plan.step / self.plan.tokens
+
+
+class Search:
+    """Searches over what the user has not fixed.
+
+    Args:
+        build: makes a config of overrides, resolved for a number of ranks (0: as it is read); may raise Refused.
+        hardware: to plan for.
+        fixed: names of keys that stay as they are.
+        on_try: called with each candidate as it is done.
+    """
+
+    def __init__(
+        self, build: Build, hardware: Hardware, fixed: Iterable[str], on_try: Callable[[Tried], None] = lambda tried: None
+    ) -> None:
+        self._build, self._hardware, self._fixed, self._on_try = build, hardware, frozenset(fixed), on_try
+        self._far: dict[tuple[Settings, int], tuple[int, int]] = {}
+
+    # -- the three questions -------------------------------------------------------------------------------------------
+
+    def best(self, ranks: int) -> list[Tried]:
+        """All candidates for so many ranks, the fastest first, those that do not fit last; each but the first says why."""
+        tried: list[Tried] = []
+        worse = 0
+        for cp in self._cps(ranks):
+            here = self._at_cp(cp, ranks)
+            before = min((t.cost for t in tried if t.fits), default=None)
+            tried += here
+            now = min((t.cost for t in here if t.fits), default=None)
+            fastest = any(t.fits and set(self._rungs()[0]) <= set(t.settings) for t in tried)
+            if fastest and now is not None and before is not None:
+                worse = worse + 1 if now >= before else 0
+                if worse == 2:
+                    break
+        fitting = sorted((t for t in tried if t.fits), key=lambda t: t.cost)
+        if fitting:
+            fitting = self._varied(fitting, ranks)
+        losers = [Tried(t.settings, t.plan, t.why or _slower(t, fitting[0])) for t in fitting[1:]]
+        return fitting[:1] + losers + [t for t in tried if not t.fits]
+
+    def longest(self, ranks: int) -> tuple[Tried | None, int]:
+        """The most frugal settings at the longest sequence that they fit, and its tokens; (None, 0) where none does."""
+        found: tuple[Tried | None, int] = None, 0
+        for settings in self._frugal(ranks):
+            tried, tokens = self._longest_of(settings, ranks)
+            if tokens > found[1]:
+                found = tried, tokens
+        return found
+
+    def fewest(self) -> tuple[Tried | None, int]:
+        """The most frugal settings on the fewest ranks, a power of two, that they fit; (None, 0) where none does."""
+        ranks = 1
+        while ranks <= MOST_RANKS:
+            for settings in self._frugal(ranks):
+                tried = self._try(settings, ranks)
+                if tried.fits:
+                    return tried, ranks
+            ranks *= 2
+        return None, 0
+
+    # -- candidates ----------------------------------------------------------------------------------------------------
+
+    def _cps(self, ranks: int) -> list[int]:
+        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        for key, kept in (("parallel.cp", "cp"), ("parallel.dp", "dp")):
+            if key in self._fixed:
+                given = getattr(self._build((), 0).parallel, kept)
+                divisors = [n for n in divisors if given in ("auto", n if kept == "cp" else ranks // n)]
+        config = self._build((), 0)
+        if "train.batch_size" in self._fixed:
+            divisors = [n for n in divisors if config.train.batch_size % (ranks // n) == 0]
+        divisors = [n for n in divisors if config.data.seq_len // n >= LEAST_SEGMENT] or divisors[:1]
+        if len(divisors) > MOST_CP:
+            powers = [divisors[-1] ** (step / (MOST_CP - 1)) for step in range(MOST_CP)]
+            divisors = sorted({min(divisors, key=lambda n: abs(n / power - 1)) for power in powers})
+        return divisors
+
+    def _at_cp(self, cp: int, ranks: int, rows: int = 1) -> list[Tried]:
+        """Candidates of so many ranks a sequence, without and with sharding, each down to the first rung that fits."""
+        tried: list[Tried] = []
+        layout = self._free({"parallel.cp": cp, "parallel.dp": ranks // cp})
+        if "train.batch_size" not in self._fixed:
+            layout += (f"train.batch_size={rows * ranks // cp}",)
+        for sharded in ("false", "true") if ranks > 1 and "parallel.fsdp" not in self._fixed else (None,):
+            base = layout if sharded is None else (*layout, f"parallel.fsdp={sharded}")
+            for number, rung in enumerate(self._rungs()):
+                tried.append(self._try((*base, *rung), ranks, cp))
+                if tried[-1].fits:
+                    if number == 0:  # sharding could only be slower
+                        return tried
+                    break
+        return tried
+
+    def _rungs(self) -> list[Settings]:
+        rungs = [self._free({"memory.checkpointing": kept, "memory.offload": where}) for kept, where in RUNGS]
+        return list(dict.fromkeys(rungs))
+
+    def _frugal(self, ranks: int) -> list[Settings]:
+        """Settings that take least of the device: all ranks share a sequence."""
+        layout = self._free({"parallel.cp": ranks, "parallel.dp": 1, "train.batch_size": 1})
+        layout += self._free({"parallel.fsdp": "true"}) if ranks > 1 else ()
+        rungs = [self._free({"memory.checkpointing": kept, "memory.offload": "host"}) for kept in ("attention", "full")]
+        return [(*layout, *rung) for rung in dict.fromkeys(rungs)]
+
+    def _free(self, settings: dict[str, object]) -> Settings:
+        return tuple(f"{key}={value}" for key, value in settings.items() if key not in self._fixed)
+
+    def _varied(self, fitting: list[Tried], ranks: int) -> list[Tried]:
+        """With what may be faster still than the best: twice the rows, and keys that are kept instead of gathered again."""
+
+        def ranked(more: list[Tried]) -> list[Tried]:
+            return sorted([*fitting, *more], key=lambda t: t.cost if t.fits else float("inf"))
+
+        if "train.batch_size" not in self._fixed:
+            assert fitting[0].plan is not None
+            config = self._build(fitting[0].settings, ranks)
+            assert isinstance(config.parallel.cp, int)
+            fitting = ranked(self._at_cp(config.parallel.cp, ranks, rows=2))
+        config = self._build(fitting[0].settings, ranks)
+        if "parallel.regather" not in self._fixed and config.parallel.cp != 1:
+            fitting = ranked([self._try((*fitting[0].settings, "parallel.regather=false"), ranks)])
+        return fitting
+
+    # -- one candidate -------------------------------------------------------------------------------------------------
+
+    def _try(self, settings: Settings, ranks: int, cp: int | None = None) -> Tried:
+        try:
+            config = self._build(settings, ranks)
+            tried = self._passed_over(settings, config, cp) or self._planned(settings, config, cp)
+        except Refused as refusal:
+            tried = Tried(settings, None, f"refused: {refusal}")
+        self._on_try(tried)
+        return tried
+
+    def _passed_over(self, settings: Settings, config: Config, cp: int | None) -> Tried | None:
+        """Without a trace, where a rough count is enough to say that it does not fit."""
+        room, held = self._hardware.memory, state_bytes(config)
+        if held > room:
+            return Tried(settings, None, f"does not fit: weights, gradients and optimizer alone take {size(held)}")
+        if host_state_bytes(config) > self._hardware.host:
+            return Tried(settings, None, f"does not fit: the host would keep {size(host_state_bytes(config))}")
+        if cp is not None and (kind := self._kind(settings, config)) in self._far:
+            fewer, rest = self._far[kind]
+            if held + rest * fewer / cp > FAR * room:
+                return Tried(settings, None, f"does not fit: far from it with cp={fewer}, as activations shrink with cp")
+        return None
+
+    def _planned(self, settings: Settings, config: Config, cp: int | None) -> Tried:
+        plan = make_plan(config, self._hardware)
+        if plan.fits:
+            return Tried(settings, plan)
+        if plan.peak.bytes <= plan.room:
+            return Tried(settings, plan, f"does not fit: the host would keep {size(plan.peak.host)}")
+        if cp is not None:
+            self._far[self._kind(settings, config)] = cp, plan.peak.bytes - state_bytes(config)
+        label = max(plan.peak.classes, key=plan.peak.classes.__getitem__)
+        why = f"does not fit: {size(plan.peak.bytes)}, {label} {size(plan.peak.classes[label])}"
+        return Tried(settings, plan, why)
+
+    def _kind(self, settings: Settings, config: Config) -> tuple[Settings, int]:
+        """What is alike but for the number of ranks a sequence: the rung, and the rows of a rank."""
+        rung = tuple(s for s in settings if s.startswith(("memory.", "parallel.fsdp")))
+        return rung, config.train.batch_size // config.parallel.dp
+
+    # -- lengths -------------------------------------------------------------------------------------------------------
+
+    def _longest_of(self, settings: Settings, ranks: int) -> tuple[Tried | None, int]:
+        """By straight lines through lengths that fit; then what is between one that does and one that does not is halved."""
+        granule, high = 1024 * ranks, 0
+        fitting: list[tuple[int, Tried]] = []
+        guess = granule
+        while True:
+            tried = self._try((*settings, f"data.seq_len={guess}"), ranks)
+            if tried.fits:
+                fitting.append((guess, tried))
+            else:
+                high = guess
+            if not fitting:
+                return None, 0
+            low = fitting[-1][0]
+            if high and (high - low) / low <= CLOSE:
+                break
+            guess = (low + high) // 2 if high else self._drawn_out(fitting)
+            guess = guess // granule * granule
+            if guess <= low:
+                break
+        return fitting[-1][1], fitting[-1][0]
+
+    def _drawn_out(self, fitting: Sequence[tuple[int, Tried]]) -> int:
+        """A length a little beyond the one at which memory runs out, if it goes on growing as between the last two."""
+        if len(fitting) == 1:
+            return 16 * fitting[0][0]
+        (less, first), (tokens, second) = fitting[-2:]
+        assert first.plan is not None
+        assert second.plan is not None
+        lengths = []
+        for a, b, room in ((first.plan.peak.bytes, second.plan.peak.bytes, self._hardware.memory),
+                           (first.plan.peak.host, second.plan.peak.host, self._hardware.host)):  # fmt: skip
+            slope = (b - a) / (tokens - less)
+            if slope > 0:
+                lengths.append(tokens + (room - b) / slope)
+        return int(min(min(lengths, default=16.0 * tokens) * (1 + CLOSE), 64.0 * tokens))
+
+
+def _slower(loser: Tried, best: Tried) -> str:
+    """How much longer it takes for a token, and the part that costs most of it."""
+    assert loser.plan is not None
+    assert best.plan is not None
+    more = {name: seconds / loser.plan.tokens - best.plan.seconds[name] / best.plan.tokens
+            for name, seconds in loser.plan.seconds.items()}  # fmt: skip
+    name = max(more, key=more.__getitem__)
+    return f"{loser.cost / best.cost:.3f}x the time: {name} takes {100 * more[name] / best.cost:.1f} % of a step more"

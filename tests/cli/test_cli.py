@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -222,6 +223,7 @@ def test_a_reader_that_goes_ends_the_command_quietly(capfd, monkeypatch):
     def gone(*_):
         raise BrokenPipeError
 
-    monkeypatch.setattr("lss.cli.main._run", gone)
-    assert main(["verify", "anything"]) == 141
+    module = importlib.import_module("lss.cli.main")  # the package's `main` is its function
+    monkeypatch.setattr(module, "_run", gone)
+    assert module.main(["verify", "anything"]) == 141
     assert capfd.readouterr().err == ""

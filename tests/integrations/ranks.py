@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 from tests.distributed.pool import _POOLS, RankPool, _serve
+from tests.forkserver import CONTEXT
 
 
 def _nursery(pipe) -> None:
@@ -37,8 +38,8 @@ def _nursery(pipe) -> None:
 
 @cache
 def _nursery_pipe():
-    here, there = mp.get_context("spawn").Pipe()
-    mp.get_context("spawn").Process(target=_nursery, args=(there,), daemon=True).start()
+    here, there = mp.Pipe()
+    CONTEXT.Process(target=_nursery, args=(there,), daemon=True).start()
     return here
 
 
@@ -50,7 +51,7 @@ class ForkedPool(RankPool):
         self._pipes, self._processes = [], []
         nursery = _nursery_pipe()
         for rank in range(self.world):
-            here, there = mp.get_context("spawn").Pipe()
+            here, there = mp.Pipe()
             nursery.send((rank, self.world, self.backend, os.path.join(self._folder.name, "store"), there))
             pid = nursery.recv()
             there.close()

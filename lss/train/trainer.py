@@ -82,6 +82,8 @@ class Trainer:
         self.layout = layout_of(self.model)
         self.optimizer = build_optimizer(self.model, config.optim, config.memory.optimizer)
         self.loader = self._loader()
+        if config.train.eval_every:
+            _ = self._held_out  # text that this run has made into tokens may be too short, which is to be said before step 1
         self.first = mesh.get_rank() == 0
         self.saving = Saving(
             config, mesh, out, self.model, self.optimizer, self.layout, self.loader, facts=self.facts, say=self._say

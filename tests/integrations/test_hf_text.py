@@ -115,6 +115,13 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(tmp_path, folder, capsy
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_book_too_short_to_be_evaluated_on_is_refused_before_step_1(tmp_path, folder, capsys):
+    given = [f"model.hf={folder[0]}", f"data.path={folder[1]}", *SMALL, "data.seq_len=64", "train.eval_every=1"]
+    assert main(["train", *given, "--out", str(tmp_path / "run")]) == 2
+    assert "the held-out part of" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_strands_are_turned_by_sample_alike_in_any_cut(tmp_path):
     letters = np.random.default_rng(2).choice(list("ACGT"), 4000)
     (tmp_path / "x.fa").write_text(">x\n" + "".join(letters) + "\n")

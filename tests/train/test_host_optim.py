@@ -27,7 +27,8 @@ OPTIONS = ["train.steps=5", "train.dtype=float32", "optim.clip=0.05", "optim.lr=
 CASES = {
     "cp1": (1, []),
     "cp2-learned-background": (2, ["model.positions=learned", "checkpoint.background=true"]),
-    "cp2-fsdp": (2, ["parallel.fsdp=true"]),
+    # four sinks on three ranks: the last has none of them
+    "cp3-fsdp-empty-shards": (3, ["parallel.fsdp=true", "model.sinks=true"]),
     "cp2-dp2-accumulate": (4, ["parallel.dp=2", "train.accumulate=2"]),
     "cp2-dp2-fsdp-bfloat16": (4, ["parallel.dp=2", "parallel.fsdp=true", "train.dtype=bfloat16"]),
     "tp2": (2, ["parallel.strategy=tp"]),

@@ -239,7 +239,9 @@ def _show(target: Target, split: Split, found: Score, options: argparse.Namespac
 
     console = Console()
     console = console if console.is_terminal else Console(width=120)
-    table = Table("", "", title=target.describe(), title_justify="left", show_header=False)
+    # a line of its own: a title is wrapped to the table's width
+    console.print(target.describe(), soft_wrap=True, markup=False, highlight=False)
+    table = Table("", "", show_header=False)
     how = (f"sequences of {found.window:,}" if facts["mode"] == "full"
            else f"windows of {found.window:,}, {found.stride:,} apart: context of {found.window - found.stride:,} or more")
     unit, item = split.corpus.unit, split.corpus.item

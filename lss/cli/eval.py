@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lss.cli.ranks import launch, must_launch, planned_ranks, rendezvous_timeout, share_cores, told_once
-from lss.cli.target import Target, open_target
+from lss.cli.target import Target, open_target, settings_of
 from lss.config.errors import Failed, Refused, refuse
 
 if TYPE_CHECKING:
@@ -30,18 +30,11 @@ def evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     """Evaluate as one rank, or start the ranks that do."""
     rendezvous, ranks = rendezvous_timeout(options), planned_ranks(options.nproc)
     with told_once():
-        target = open_target(options.model, _overrides(options.config), ranks)
+        target = open_target(options.model, settings_of(options.config), ranks)
         _refuse_early(target, options)
     if must_launch(options.nproc):
         return launch(options.nproc, arguments)
     return _evaluate(target, options, rendezvous)
-
-
-def _overrides(given: list[str]) -> list[str]:
-    for argument in given:
-        if "=" not in argument:
-            raise refuse("lss eval", argument, "one model is evaluated; settings are key=value, data.path=book.txt for one")
-    return given
 
 
 def _refuse_early(target: Target, options: argparse.Namespace) -> None:
@@ -246,7 +239,9 @@ def _show(target: Target, split: Split, found: Score, options: argparse.Namespac
 
     console = Console()
     console = console if console.is_terminal else Console(width=120)
-    table = Table("", "", title=target.describe(), title_justify="left", show_header=False)
+    # a line of its own: a title is wrapped to the table's width
+    console.print(target.describe(), soft_wrap=True, markup=False, highlight=False)
+    table = Table("", "", show_header=False)
     how = (f"sequences of {found.window:,}" if facts["mode"] == "full"
            else f"windows of {found.window:,}, {found.stride:,} apart: context of {found.window - found.stride:,} or more")
     unit, item = split.corpus.unit, split.corpus.item

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lss.cli.bench_options import add_bench
-from lss.cli.use_options import add_eval
+from lss.cli.use_options import add_eval, add_generate
 from lss.config import LARGEST, show
 from lss.config.errors import Failed, FailedElsewhere, Refused, SaidElsewhere, Stopped, refuse
 from lss.train.signals import Signals, is_first_rank
@@ -41,8 +41,11 @@ RANGES = {
     "--trial-seconds": (1, 1 << 24),
     "--window": (1, LARGEST),
     "--stride": (1, LARGEST),
+    "--max-new-tokens": (1, LARGEST),
+    "--top-k": (0, LARGEST),
+    "--seed": (0, LARGEST),
 }
-VERBS = ("train", "check", "eval", "plan", "bench", "data", "export", "verify", "report")
+VERBS = ("train", "check", "eval", "generate", "plan", "bench", "data", "export", "verify", "report")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--hf", metavar="MODEL", help="a Hugging Face model instead: a folder, or OWNER/NAME on the Hub")
 
     add_eval(verbs)
+    add_generate(verbs)
     _add_plan(verbs)
     add_bench(verbs, _Parser)
 
@@ -213,7 +217,7 @@ def _expand_segments() -> None:
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    if options.verb in ("train", "bench", "eval"):
+    if options.verb in ("train", "bench", "eval", "generate"):
         _expand_segments()
     # each verb's room is imported only when it is asked for: torch alone takes seconds
     if options.verb == "train":
@@ -232,6 +236,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         from lss.cli.eval import evaluate
 
         return evaluate(options, arguments)
+    if options.verb == "generate":
+        from lss.cli.generate import generate
+
+        return generate(options, arguments)
     if options.verb == "plan":
         if options.search or options.longest or options.fewest:
             from lss.cli.plan_search import search

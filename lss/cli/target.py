@@ -70,6 +70,20 @@ class Target:
 
         return load_model(self.subject, self.checkpoint, mesh, self.rows)
 
+    def load_plain(self, mesh: DeviceMesh) -> nn.Module:
+        """The model whole on every rank; see `lss.train.models.load_plain`."""
+        from lss.train.models import load_plain
+
+        return load_plain(self.subject, self.checkpoint, mesh, self.rows)
+
+
+def settings_of(given: Sequence[str]) -> list[str]:
+    """The settings behind a command's model; refuses anything else."""
+    for argument in given:
+        if "=" not in argument:
+            raise refuse("CKPT", argument, "one model is used; behind it come settings, train.dtype=bfloat16 for one")
+    return list(given)
+
 
 def open_target(name: str, overrides: Sequence[str], ranks: int) -> Target:
     """Find the model and its settings, those of the run with `overrides` put in, for this many ranks.

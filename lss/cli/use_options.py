@@ -31,3 +31,25 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
     parser.add_argument("--rendezvous-timeout", type=float, default=60.0, metavar="SECONDS",
                         help="how long ranks wait for one another at the start (default 60)")  # fmt: skip
+
+
+def add_generate(verbs: Any) -> None:
+    """`lss generate`."""
+    parser = verbs.add_parser(
+        "generate",
+        help="continue a prompt, however long",
+        description="Continue a prompt that is cut over ranks; keys and values stay cut while tokens come.",
+    )
+    _model(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="what to continue")
+    parser.add_argument("--prompt-file", metavar="F", help="a file that has it")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="how many at most (default 100)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
+                        help="logits are divided by it; 0 takes the likeliest token (default 1)")  # fmt: skip
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default 0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                        help="draw from the likeliest that make the probability P together (default 1: all)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default 0)")
+    parser.add_argument("--tokenizer", default="", metavar="NAME",
+                        help="of token files' ids: a folder, OWNER/NAME or nucleotide (default: as recorded)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the text")

@@ -39,3 +39,14 @@ def merge(
     weight = (lse_BNT - anchor).exp().transpose(1, 2).unsqueeze(-1)
     other_weight = (other_lse_BNT - anchor).exp().transpose(1, 2).unsqueeze(-1)
     return out_BTNH.to(dtype) * weight + other_BTNH.to(dtype) * other_weight, lse
+
+
+def merge_all(outs_RBTNH: torch.Tensor, lses_RBNT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the union of R key sets, from attention over each: `merge` of all at once.
+
+    lse = logsumexp over r of lse_r;  out = sum over r of exp(lse_r - lse) out_r, in the dtype that the lses have.
+    """
+    lse = lses_RBNT.logsumexp(0)
+    anchor = lse.masked_fill(torch.isneginf(lse), 0.0)
+    weights = (lses_RBNT - anchor).exp().transpose(2, 3).unsqueeze(-1)
+    return (outs_RBTNH.to(lse.dtype) * weights).sum(0), lse

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lss.checkpoint import Checkpoint, check_together, find_checkpoint, load_weights
+from lss.checkpoint import Checkpoint, check_together, find_checkpoint, load_weights, read_weights
 from lss.checkpoint.files import hash_file
 from lss.comm import control
 from lss.config import Config
 from lss.config.errors import Refused, refuse
 from lss.data.tokenizer import Tokenizer
-from lss.integrations.hf.adapters import add_adapters
+from lss.integrations.hf.adapters import add_adapters, merged, with_adapters
 from lss.integrations.hf.source import Source, dropout_rates, kept_source, open_source, with_rope_scaling, with_shape
 from lss.model import Transformer
 from lss.model.size import parameter_count
@@ -169,6 +169,46 @@ def load_model(subject: Subject, checkpoint: Checkpoint | None, mesh: DeviceMesh
         raise Refused(reason)
     model = subject.build(mesh, rows, weights=config.model.lora_rank > 0, packed=packed)
     load_weights(checkpoint, model, layout_of(model))
+    return model
+
+
+def load_plain(subject: Subject, checkpoint: Checkpoint | None, mesh: DeviceMesh, rows: int) -> nn.Module:
+    """A trained model that is whole on every rank, not laid out, on the mesh's device; adapters are merged into it.
+
+    Args:
+        checkpoint, rows: as for `load_model`.
+
+    Raises:
+        Refused: as `load_model`.
+
+    Collectives: with a checkpoint one gather, host to host.
+    """
+    config, source = subject.config, subject.source
+    dtype, lora = parameter_dtype(config.train.dtype), config.model.lora_rank > 0
+    weights = None
+    if checkpoint is not None:
+        _, reason = check_together(checkpoint.path, control(mesh, "checkpoints"), "weights")
+        if reason:
+            raise Refused(reason)
+        weights = read_weights(checkpoint)
+    if source is None:
+        model: nn.Module = Transformer(config.model, rows, seed=config.train.seed).to(dtype)
+    else:
+        model = source.build(dtype=dtype, seed=config.train.seed, weights=weights is None or lora)
+    if weights is not None:
+        model = merged(with_adapters(model, config.model, weights)) if lora else _filled(model, weights)
+    return model.to(mesh.device_type)
+
+
+def _filled(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    parameters = dict(model.named_parameters())
+    for name in sorted(parameters.keys() | weights.keys()):
+        found = [tuple(held[name].shape) for held in (parameters, weights) if name in held]
+        if len(set(found)) != 1 or len(found) != 2:
+            raise Refused(f"CKPT: its weights are not this model's; {name} is in one of them only, or of another shape.")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from importlib.util import find_spec
@@ -12,23 +11,11 @@ import pytest
 import torch
 
 from lss.cli import main
-from tests.cli.test_cli import SMALL, TINY, lss
+from tests.cli.conftest import WORDS
+from tests.cli.test_cli import lss
 from tests.cli.test_refusals import refusal
 from tests.data.tokenizers import save_tokenizer
 from tests.integrations.hf_cases import build
-
-WORDS = "the quick brown fox jumps over the lazy dog, and then again. "
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of two steps, and a text."""
-    folder = tmp_path_factory.mktemp("run")
-    done = lss("train", TINY, *SMALL, f"data.path={argparse.__file__}", "train.steps=2", "train.eval_every=2",
-               "train.eval_samples=1000", "train.dtype=float64", "--out", folder / "a", cwd=folder)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (folder / "book.txt").write_text(WORDS * 20)
-    return folder
 
 
 def found(done):
@@ -119,7 +106,7 @@ def test_a_model_of_transformers_on_text_and_on_token_files(tmp_path, capsys, mo
     (["."], "CKPT=."),
     (["a", "data.path=absent"], "data.path='absent'"),
     (["a", "model.d_model=64"], "model.d_model=64"),
-    (["a", "book.txt"], "key=value"),
+    (["a", "book.txt"], "CKPT=book.txt"),
     (["a", "data.seq_lenn=1"], "nearest is data.seq_len"),
     (["a", "--part", "some"], "--part=some"),
     (["a", "--window", "0"], "--window=0"),

@@ -40,7 +40,7 @@ RUN = ["data.seq_len=64", "train.batch_size=2", "train.steps=2", "train.eval_sam
 MODEL = ["model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.d_mlp=48"]
 # of a plan only the depth: its traces hold no data
 SMALL = {"train": [*RUN, *MODEL], "check": [*RUN, *MODEL], "plan": ["model.n_layers=2"], "data": [], "export": [],
-         "report": [], "verify": []}  # fmt: skip
+         "report": [], "verify": [], "eval": [], "generate": []}  # fmt: skip
 
 
 def blocks(page: Path):

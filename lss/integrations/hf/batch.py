@@ -17,7 +17,7 @@ from lss.context_parallel.loss import global_cross_entropy
 from lss.context_parallel.sharding import IGNORE_INDEX, refuse_packed_rows
 from lss.integrations.hf.loss import load_balancing_loss
 from lss.integrations.hf.refusals import Traits, router_refusal
-from lss.kernels import keep_rows
+from lss.kernels import Rules, keep_rows
 from lss.mesh import moved
 from lss.segment import Run, Segment
 
@@ -49,6 +49,8 @@ class CutBatch:
         breaks: this rank's own positions do not all rise by one, so that a model's mask shows whether it minds.
         calls: how often attention was computed.
         joined: a layer's own mask lets such documents see each other.
+        attend: what computes attention in place of `lss.context_parallel.attend`, by layer's q, k, v and rules; None for
+            that.
     """
 
     segment: Segment
@@ -62,6 +64,7 @@ class CutBatch:
     breaks: bool = False
     calls: int = 0
     joined: bool = False
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules], torch.Tensor] | None = None
 
 
 class Adapter:

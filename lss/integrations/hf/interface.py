@@ -84,6 +84,8 @@ def attention(
     check_rules(rules, q, lss_batch.segment, None, None)
     lss_batch.calls += 1
     lss_batch.joined |= lss_batch.breaks and not pattern.packed
+    if lss_batch.attend is not None:
+        return lss_batch.attend(q, k, v, rules)[..., :narrow], None
     out = attend(q, k, v, rules, segment=lss_batch.segment, comm=lss_batch.comm, options=lss_batch.options)
     return out[..., :narrow], None
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lss.config import Config
 from lss.config.errors import Refused, refuse
@@ -141,3 +142,23 @@ def warn_of_memory(config: Config) -> None:
         text = f"whether a step fits could not be estimated ({type(error).__name__}: {error})"
     if text is not None:
         print(f"lss: {text}", file=sys.stderr, flush=True)
+
+
+def plan_beside(config: Config) -> Callable[[dict[str, Any]], list[str]]:
+    """What tells, a few steps later, how far the run is from its plan: on the first rank, on a GPU whose rates are known."""
+    import torch
+
+    from lss.mesh import pick_device_type
+    from lss.planner import Against, known_hardware, plan_of_run
+
+    environment = rank_environment()
+    here = environment.local_world_size if environment else 1
+    if (environment is not None and environment.rank) or pick_device_type(here) != "cuda":
+        return lambda row: []
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    try:
+        plan = plan_of_run(config, known_hardware(device.name, device.total_memory, here))
+    except Exception as error:  # a run does not fail for want of its plan
+        text = f"no plan: {type(error).__name__}: {error}"
+        return lambda row: [text] if row["step"] == 1 else []
+    return Against(plan) if plan is not None else lambda row: []

@@ -8,7 +8,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from lss.cli.early import refuse_data, refuse_folder, refuse_options, warn_of_memory
+from lss.cli.early import plan_beside, refuse_data, refuse_folder, refuse_options, warn_of_memory
 from lss.cli.main import split_config
 from lss.cli.ranks import (
     must_launch,
@@ -73,7 +73,9 @@ def _train(config: Config, out: Path, rendezvous: timedelta, signals: Signals) -
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     assert isinstance(config.parallel.cp, int)
-    warn_of_memory(config)  # before the ranks meet: a trace makes a process group of its own
+    # before the ranks meet: a trace makes a process group of its own
+    warn_of_memory(config)
+    planned = plan_beside(config)
     # a little longer than the watch's, which can say who is stuck
     timeout = timedelta(seconds=config.train.timeout + 5)
     mesh = init_mesh(cp=config.parallel.cp, dp=config.parallel.dp, timeout=timeout, rendezvous=rendezvous)
@@ -84,7 +86,8 @@ def _train(config: Config, out: Path, rendezvous: timedelta, signals: Signals) -
         with Watch(mesh, config.train.timeout, newest) as watch, told_once(mesh):
             signals.before_leaving = lambda name, code: watch.leave("stopped", name, code)
             try:
-                Trainer(config, mesh, out, on_end=_report, signals=signals, watch=watch, meter=meter).train()
+                told = {"on_end": _report, "on_step": planned}
+                Trainer(config, mesh, out, signals=signals, watch=watch, meter=meter, **told).train()
             except Exception as error:
                 watch.explain(error)
                 if not out_of_memory(error):

@@ -1,5 +1,6 @@
 """What a run will take, read from a trace of the product's own code under tensors without data."""
 
+from lss.planner.against import Against, known_hardware, plan_of_run
 from lss.planner.estimate import estimate, warning
 from lss.planner.hardware import HARDWARE, Hardware, find_hardware
 from lss.planner.ledger import CLASSES, Ledger, Peak
@@ -9,6 +10,6 @@ from lss.planner.search import Search, Tried
 from lss.planner.trace import StepTrace, trace_step
 
 __all__ = [
-    "CLASSES", "HARDWARE", "Hardware", "Ledger", "Meter", "Peak", "Plan", "Search", "StepTrace", "Tried", "estimate",
-    "find_hardware", "make_plan", "trace_step", "warning",
+    "Against", "CLASSES", "HARDWARE", "Hardware", "Ledger", "Meter", "Peak", "Plan", "Search", "StepTrace", "Tried",
+    "estimate", "find_hardware", "known_hardware", "make_plan", "plan_of_run", "trace_step", "warning",
 ]  # fmt: skip

@@ -46,6 +46,7 @@ class Trainer:
         mesh: from `lss.init_mesh`, of config's cp and dp.
         out: the run's folder; the first rank writes metrics.jsonl, run.json, tensorboard/ and checkpoints/.
         on_end: called on the first rank when the run is complete, with `out`; returns lines to print last.
+        on_step: called after each step with its row of metrics; returns lines to print.
         signals: what this process is told while it trains; None: nothing is listened to.
         watch: is told where this rank is; None: nobody asks.
         meter: measures where memory goes, on the first steps; what it finds is told and goes to run.json. None: nothing
@@ -64,8 +65,9 @@ class Trainer:
         signals: Signals | None = None,
         watch: Watch | None = None,
         meter: StepMeter | None = None,
+        on_step: Callable[[dict[str, Any]], list[str]] = lambda row: [],
     ) -> None:
-        self.mesh, self.out, self.on_end = mesh, out, on_end
+        self.mesh, self.out, self.on_end, self.on_step = mesh, out, on_end, on_step
         self.meter: StepMeter = meter or NoMeter()
         self.memory: dict[str, Any] = {}
         self.stopping = Stopping(mesh, signals, config.train.max_bad_steps)
@@ -220,6 +222,8 @@ class Trainer:
         if metrics is not None:
             metrics.write(row)
         console.step(row)
+        for line in self.on_step(row):
+            console.note(line)
         asked = stopping.agree()
         if asked or step == train.steps or (every and step % every == 0):
             self._at(step, "saving")

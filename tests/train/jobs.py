@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,3 +128,12 @@ def no_labels(ranks: int):
     batches = [replace(batch, labels=torch.full_like(batch.labels, -100)) for batch in batches]
     loss, counted = map(float, accumulate_gradients(model, batches, config, step=1))
     return loss, counted, all(not p.grad.any() for p in model.parameters())
+
+
+def noted_run(out: str) -> str:
+    """What one rank prints of a run whose steps are told of."""
+    text = io.StringIO()
+    with redirect_stdout(text):
+        config = config_of(1, "train.steps=3")
+        Trainer(config, mesh(1), Path(out), on_step=lambda row: [f"told of {row['step']}"]).train()
+    return text.getvalue()

@@ -9,7 +9,7 @@ import torch
 
 from lss.checkpoint import verify
 from tests.distributed.pool import pool
-from tests.train.jobs import deterministic_run, train_run
+from tests.train.jobs import deterministic_run, noted_run, train_run
 
 
 def run(ranks, out, *overrides):
@@ -177,3 +177,10 @@ def test_bfloat16_trains_close_to_float32(tmp_path):
               for dtype in ("bfloat16", "float32")]  # fmt: skip
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert losses[0] != losses[1]
+
+
+def test_lines_about_a_step_are_printed_after_it(tmp_path):
+    (told,) = pool(1).run(noted_run, str(tmp_path / "run"))
+    places = [told.index(f"told of {step}") for step in (1, 2, 3)]
+    assert places == sorted(places)
+    assert told.index("step 2/3") < places[1] < told.index("step 3/3")

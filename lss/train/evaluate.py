@@ -84,6 +84,7 @@ def sum_losses(
 def token_losses(model: nn.Module, batch: Batch, config: Config) -> torch.Tensor:
     """Cross-entropy in nats of each of this rank's tokens: (B, T), float32 at least; 0 where no label is counted.
 
+    Collectives: those of the model's forward; where its parameters are sharded, one more all-gather of its head.
     Memory: the logits of a tile of tokens; of a model of transformers those of all.
     """
     device = next(model.parameters()).device
@@ -93,12 +94,23 @@ def token_losses(model: nn.Module, batch: Batch, config: Config) -> torch.Tensor
         output: Any = model(**inputs)
         if config.model.hf:
             return _cross_entropy(output.logits, labels)
-        hidden, size = output.hidden, output.weight.shape[0] * compute_dtype(output.hidden).itemsize
-        rows = hidden.shape[0]
-        step = max(1, tile_size("auto", hidden.shape[1], rows * size, tile_budget(device, LOGITS_BYTES)))
-        parts = [_cross_entropy(F.linear(hidden[:, at : at + step], output.weight), labels[:, at : at + step])
+        hidden, weight = output.hidden, _head(model, output)
+        size = hidden.shape[0] * weight.shape[0] * compute_dtype(hidden).itemsize
+        step = tile_size("auto", hidden.shape[1], size, tile_budget(device, LOGITS_BYTES))
+        parts = [_cross_entropy(F.linear(hidden[:, at : at + step], weight), labels[:, at : at + step])
                  for at in range(0, hidden.shape[1], step)]  # fmt: skip
     return torch.cat(parts, 1)
+
+
+def _head(model: nn.Module, output: Any) -> torch.Tensor:
+    """What logits are computed by; whole also where it is sharded, and given back at the end of the pass."""
+    layout = layout_of(model)
+    if layout.sharding is None:
+        return output.weight
+    layout.sharding.give_back()
+    parameters = dict(model.named_parameters())
+    name = next(name for name in ("lm_head.weight", "embedding.weight") if name in parameters)
+    return layout.whole(name, parameters[name])
 
 
 def _cross_entropy(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

@@ -103,13 +103,18 @@ def test_every_token_counts_once_and_as_on_one_process(text, case, ranks, order,
         assert abs(nats / total - 1) <= 1e-12
 
 
-@pytest.mark.parametrize("ranks, dp, case", [(1, 1, "windows"), (3, 1, "windows"), (4, 2, "full"), (2, 1, "documents")])
-def test_losses_by_token_are_put_back_in_order(tmp_path, text, ranks, dp, case):
+@pytest.mark.parametrize("ranks, dp, case, more", [
+    (1, 1, "windows", []), (3, 1, "windows", []), (4, 2, "full", []), (2, 1, "documents", []),
+    (4, 2, "full", ["parallel.fsdp=true"]), (2, 1, "learned", ["parallel.fsdp=true", "model.tie_embeddings=false"]),
+    (2, 1, "full", ["parallel.strategy=tp"]), (2, 1, "full", ["parallel.strategy=ring"]),
+])  # fmt: skip
+def test_losses_by_token_are_put_back_in_order(tmp_path, text, ranks, dp, case, more):
     window, stride, overrides = CASES[case]
+    overrides = (*overrides, *(key for key in more if key.startswith("model.")))
     losses = expected(text, window, stride, overrides, window).numpy()
     for suffix in (".npy", ".jsonl"):
         out = tmp_path / f"losses{suffix}"
-        given = [*overrides, f"parallel.dp={dp}"]
+        given = [*overrides, f"parallel.dp={dp}", *more]
         results = pool(ranks).run(scored, ranks, text, window, stride, given, window, str(out))
         assert all(math.isclose(nats, np.nansum(losses), rel_tol=1e-12) for nats, _ in results)
         if suffix == ".npy":

@@ -72,7 +72,7 @@ class PeerMemory:
             place.copy_(source)
 
     def exchange(
-        self, name: str, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], abroad: int,
+        self, name: str, places: list[torch.Tensor], sources: list[torch.Tensor], abroad: int,
         cleared: torch.Tensor | None = None,
     ) -> Any:  # fmt: skip
         """A whole transfer at once: clear a buffer, wait until all may be written, copy, wait until all has been written.
@@ -192,7 +192,7 @@ class CudaPeerMemory(PeerMemory):
                 super().copy(places, sources, aside=aside)
 
     def exchange(
-        self, name: str, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], abroad: int,
+        self, name: str, places: list[torch.Tensor], sources: list[torch.Tensor], abroad: int,
         cleared: torch.Tensor | None = None,
     ) -> Any:  # fmt: skip
         # The same steps. What is short is issued sooner than it travels: each call on the host counts, and here streams

@@ -122,13 +122,16 @@ def _add_plan(verbs: Any) -> None:
                             description="Say what a step takes, on devices that need not be here.")  # fmt: skip
     plan.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value", help="as for lss train")
     plan.add_argument("--gpus", type=int, metavar="N", help="devices; sets parallel.dp, and train.batch_size to it at least")
-    plan.add_argument("--gpu", default="h100", metavar="NAME", help="h100 (default), h200, a100, v100 or mi300x")
+    plan.add_argument("--gpu", default="h100", metavar="NAME", help="h100 (default), h200, a100, v100, mi300x or FILE.json")
     plan.add_argument("--price", type=float, metavar="P", help="of a device and hour, in your money")
     plan.add_argument("--tokens", type=float, metavar="T", help="say how long training on so many takes")
     question = plan.add_mutually_exclusive_group()
     question.add_argument("--search", action="store_true", help="find the fastest settings; key=value stay as given")
     question.add_argument("--longest", action="store_true", help="find the longest sequence that fits")
     question.add_argument("--fewest", action="store_true", help="find the fewest devices that data.seq_len fits on")
+    question.add_argument("--calibrate", metavar="FILE.json", help="measure this machine, and write what --gpu then reads")
+    plan.add_argument("--nproc", type=int, metavar="N", help="with --calibrate: start N ranks on this machine")
+    plan.add_argument("--seconds", type=float, default=600.0, metavar="T", help="of --calibrate: nothing long starts later")
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -241,6 +244,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
         return generate(options, arguments)
     if options.verb == "plan":
+        if options.calibrate:
+            from lss.cli.plan_calibrate import calibrate
+
+            return calibrate(options, arguments)
         if options.search or options.longest or options.fewest:
             from lss.cli.plan_search import search
 

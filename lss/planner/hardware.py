@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from lss.config import show
 from lss.config.errors import refuse
@@ -38,6 +39,7 @@ class Hardware:
         host: bytes of host memory for each device.
         measured: whether rates were measured, by this library's benches or others'.
         source: of the numbers.
+        host_link: bytes/s between a device and pinned memory of its host, each way.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Hardware:
     host: float
     measured: bool
     source: str
+    host_link: float = HOST_LINK
 
 
 def _unmeasured(name: str, gib: float, peak: float, bandwidth: float, link: float, network: float, per_host: int,
@@ -87,14 +90,18 @@ HARDWARE = {
 
 
 def find_hardware(name: str) -> Hardware:
-    """The device of this name.
+    """The device of this name, or the one that a profile (a file that ends in .json) tells of.
 
     Raises:
         Refused: there is none.
     """
+    if name.endswith(".json"):
+        from lss.planner.profile import load_profile
+
+        return load_profile(Path(name))
     if name.lower() not in HARDWARE:
         near = difflib.get_close_matches(name.lower(), HARDWARE, n=1, cutoff=0.0)[0]
-        raise refuse("--gpu", show(name), f"unknown; use one of {', '.join(HARDWARE)}; nearest is {near}")
+        raise refuse("--gpu", show(name), f"unknown; use one of {', '.join(HARDWARE)} or a profile.json; nearest is {near}")
     return HARDWARE[name.lower()]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lss.config import Config
 from lss.flops import model_flops
 from lss.planner.estimate import step_drawn
-from lss.planner.hardware import HOST_BANDWIDTH, HOST_LINK, Hardware, attention_rate
+from lss.planner.hardware import HOST_BANDWIDTH, Hardware, attention_rate
 from lss.planner.ledger import Peak
 from lss.segment import make_segment
 from lss.segment.documents import scores_seen
@@ -82,7 +82,7 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
     }
     seconds["exchange"] = _exposed(config, hardware, payload, seconds["attention"])
     seconds["gradients"] = _summing(config, hardware, payload, sum(seconds.values()))
-    seconds["offload"] = max(0.0, _copied(config, peak) / HOST_LINK - sum(seconds.values()))
+    seconds["offload"] = max(0.0, _copied(config, peak) / hardware.host_link - sum(seconds.values()))
     seconds["update"] = _update(config, hardware, peak, per_host)
     tokens = config.train.batch_size * config.data.seq_len
     return Plan(peak, int(hardware.memory), seconds, payload, _model_flops(config), tokens, _ranks(config), hardware)
@@ -155,7 +155,7 @@ def _update(config: Config, hardware: Hardware, peak: Peak, per_host: int) -> fl
         return 2 * state / hardware.bandwidth
     # gradients go one way while weights come the other, and both while the host, which its ranks share, updates
     weights = peak.classes.get("weights", 0)
-    return max(weights / HOST_LINK, 7 * weights * per_host / HOST_BANDWIDTH)
+    return max(weights / hardware.host_link, 7 * weights * per_host / HOST_BANDWIDTH)
 
 
 def _summing(config: Config, hardware: Hardware, payload: dict[str, int], computing: float) -> float:

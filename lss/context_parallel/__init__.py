@@ -191,7 +191,7 @@ class AttentionOptions:
             active["token_chunks"] = f"token_chunks={self.token_chunks}"
         if not self.regather:
             active["regather=False"] = "regather=False"
-        if self.kernel not in ("auto", "sdpa"):
+        if self.kernel not in ("auto", "sdpa", "traced"):
             active[self.kernel] = f"kernel={self.kernel!r}"
         return active
 

@@ -18,7 +18,7 @@ import torch
 
 from lss.config.errors import refuse
 from lss.config.support import KERNEL_CHOICES, lacking
-from lss.kernels import flash4, flex, pair, reference, sdpa, tiled, varlen
+from lss.kernels import flash4, flex, pair, reference, sdpa, tiled, traced, varlen
 from lss.kernels.merge import no_keys_yet
 from lss.kernels.pair import Pair
 from lss.kernels.reference import Window
@@ -164,6 +164,10 @@ KERNELS: dict[str, Kernel] = {
 }  # fmt: skip
 
 
+# Not a choice of any user: what a plan for GPUs asks for in place of "auto".
+TRACED = Kernel("traced", traced.forward, traced.backward, in_place=True, pair=traced.PAIR)
+
+
 _CUDA = ("flash4", "sdpa_cudnn", "sdpa_flash")
 
 
@@ -202,6 +206,10 @@ def pick_kernel(name: str, q_BTNH: torch.Tensor, features: Collection[str] = ())
     "auto" is the fastest that fits; "sdpa" the fastest of torch's fused operators; any other name is that kernel or a
     refusal that says why it does not fit.
     """
+    if name == TRACED.name and traced.is_traced(q_BTNH):
+        if q_BTNH.dtype in (torch.float16, torch.bfloat16) and lacking("flash4", features) is None:
+            return TRACED
+        name = "auto"
     if name not in KERNEL_CHOICES:
         raise refuse("kernel", name, f"unknown kernel; use one of {', '.join(KERNEL_CHOICES)}")
     wanted = [n for n in KERNELS if name == "auto" or n == name or (name == "sdpa" and n.startswith("sdpa"))]

@@ -11,7 +11,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from lss.config import Config
+from lss.context_parallel import count_head_chunks, count_token_chunks
 from lss.offload.saved import LEAST_BYTES
 from lss.planner.ledger import Ledger, Peak, stretch
 from lss.planner.trace import StepTrace, trace_step
@@ -45,7 +48,9 @@ class Drawn:
         return cls(trace.peak, float(trace.products), dict(payload))
 
 
-def draw(config: Config, logits: int, *, granularity: int = 1, ranks_per_node: int | None = None) -> Drawn:
+def draw(
+    config: Config, logits: int, *, granularity: int = 1, ranks_per_node: int | None = None, kernel: str = "auto"
+) -> Drawn:
     """A step of rank 0. Packed documents are taken for one text. No process group may be there.
 
     Args:
@@ -53,6 +58,7 @@ def draw(config: Config, logits: int, *, granularity: int = 1, ranks_per_node: i
         logits: bytes of a tile's logits.
         granularity: bytes that an allocation is rounded up to.
         ranks_per_node: neighbours that share a host; all by default.
+        kernel: of attention: "traced" stands for that of a GPU.
 
     Raises:
         Refused: what the layout refuses.
@@ -61,7 +67,7 @@ def draw(config: Config, logits: int, *, granularity: int = 1, ranks_per_node: i
     config = replace(
         config,
         data=replace(config.data, packing=False),
-        parallel=replace(config.parallel, kernel="auto", transport="auto"),
+        parallel=replace(config.parallel, kernel=kernel, transport="auto"),
     )
 
     def of_blocks(count: int) -> Drawn:
@@ -88,6 +94,20 @@ def _by_name(of: Callable[[int, int], int], a: dict[str, int], b: dict[str, int]
     return {name: of(a.get(name, 0), b.get(name, 0)) for name in a | b}
 
 
+def _chunks(config: Config, rows: int) -> dict[str, int | str]:
+    """The groups of heads and runs of tokens that are gathered one after another at the config's own length."""
+    parallel, model = config.parallel, config.model
+    if parallel.strategy != "lss":
+        return {"token_chunks": "auto"}
+    cp = parallel.cp
+    assert isinstance(cp, int)
+    half = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+    shape = rows, -(-config.data.seq_len // cp), model.n_kv_heads, model.d_model // model.n_heads
+    keys, gathering = torch.empty(shape, dtype=half, device="meta"), cp > 1 and not model.windows
+    return {"head_chunks": count_head_chunks(parallel.head_chunks, "lss", keys, cp),
+            "token_chunks": count_token_chunks(parallel.token_chunks, "lss", keys, cp, gathering)}  # fmt: skip
+
+
 def _of_length(config: Config, logits: int, granularity: int, ranks_per_node: int | None) -> Drawn:
     """The same of a model that is traced with all its blocks."""
     cp, length = config.parallel.cp, config.data.seq_len
@@ -97,18 +117,23 @@ def _of_length(config: Config, logits: int, granularity: int, ranks_per_node: in
     if config.memory.offload != "none":  # which leaves small tensors where they are
         key_width = config.model.d_model // config.model.n_heads * config.model.n_kv_heads
         short = max(short, -(-LEAST_BYTES // (2 * rows * key_width)))
+    # of the products' own dtype, that of them and that of their gradient
+    half = 2 if config.train.dtype == "bfloat16" else 4
+    most = 2 * min(logits, rows * -(-length // cp) * config.model.vocab_size * half) if config.train.compile else 0
     if length <= 2 * short * cp:
-        return Drawn.of(trace_step(config, granularity=granularity, ranks_per_node=ranks_per_node))
+        ledger = Ledger(granularity, config.model.vocab_size, most_logits=most)
+        return Drawn.of(trace_step(config, granularity=granularity, ranks_per_node=ranks_per_node, ledger=ledger))
     tiles = 1
     while tiles < TILES and rows * length // cp * config.model.vocab_size * 4 > tiles * logits:
         tiles *= 2
+    chunks = _chunks(config, rows)
     found: list[tuple[Ledger, Drawn]] = []
     for tokens in (short, 2 * short):
-        ledger = Ledger(granularity, config.model.vocab_size)
+        ledger = Ledger(granularity, config.model.vocab_size, most_logits=most)
         shorter = replace(
             config,
             data=replace(config.data, seq_len=tokens * cp),
-            parallel=replace(config.parallel, token_chunks=1 if config.parallel.strategy == "lss" else "auto"),
+            parallel=replace(config.parallel, **chunks),
             memory=replace(config.memory, tiles=-(-rows * tokens // tiles)),
         )
         trace = trace_step(shorter, granularity=granularity, ranks_per_node=ranks_per_node, ledger=ledger)

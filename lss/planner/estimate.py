@@ -35,7 +35,8 @@ def step_drawn(
     budget = tile_budget(device or torch.device("cpu"), LOGITS_BYTES)
     budget = budget if memory is None else min(LOGITS_BYTES, memory // PART_OF_GPU)
     logits = 4 * V * tiles if isinstance(tiles, int) else budget
-    return draw(config, logits, granularity=granularity, ranks_per_node=ranks_per_node)
+    kernel = "auto" if memory is None and (device is None or device.type == "cpu") else "traced"
+    return draw(config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel)
 
 
 def estimate(config: Config, *, device: torch.device | None = None, granularity: int = 1) -> Peak:

@@ -82,11 +82,14 @@ class Ledger(TorchDispatchMode):
         vocabulary: V, by which logits are known; 0 where there are none.
         limit: bytes that may be live at once, the host's included, as if there were no more: what goes beyond raises
             MemoryError; 0 for any number.
+        most_logits: bytes of logits that count at most at any time, 0 for all: a compiled softmax makes no more than the
+            product and its gradient, however many tensors the same makes that is not compiled.
     """
 
     granularity: int = 1
     vocabulary: int = 0
     limit: int = 0
+    most_logits: int = 0
     phase: str = "before"
     shortage: Shortage | None = None
     closed: bool = False  # what ends from here on is no part of the step
@@ -161,8 +164,11 @@ class Ledger(TorchDispatchMode):
             self._pieces[number].label = label
 
     def _guess(self, tensor: torch.Tensor) -> str:
-        wide = self.vocabulary and tensor.dim() == 2 and tensor.shape[1] == self.vocabulary
-        return "logits" if wide else "temporary"
+        if not self.vocabulary or tensor.dim() != 2:
+            return "temporary"
+        # or turned over, as the gradient by the head's weight reads them; the weight itself lies the other way
+        turned = tensor.shape[0] == self.vocabulary and tensor.stride(0) == 1
+        return "logits" if turned or tensor.shape[1] == self.vocabulary else "temporary"
 
     def shrink(self, label: str, part: float) -> None:
         """Everything of a class takes this part of what it was noted as."""
@@ -211,8 +217,10 @@ class Ledger(TorchDispatchMode):
                 host = max(host, live["host"])
                 continue
             total += sign * piece.bytes
-            if total > best:
-                best, moment = total, (live.copy(), phase, operation)
+            over = max(0, live["logits"] - self.most_logits) if self.most_logits else 0
+            if total - over > best:
+                best, moment = total - over, (live.copy(), phase, operation)
+                moment[0]["logits"] -= over
         classes, phase, operation = moment
         ordered = {name: n for name, n in classes.most_common() if n and name != "host"}
         return Peak(best, phase, operation, ordered, host)
@@ -233,7 +241,7 @@ def stretch(short: Ledger, long: Ledger, factor: float, logits: int) -> Ledger:
     events = [[(number, phase) for number, phase, _ in ledger._events] for ledger in (short, long)]
     if events[0] != events[1]:
         raise ValueError("the two steps do not make the same allocations")
-    found = Ledger(short.granularity, short.vocabulary)
+    found = Ledger(short.granularity, short.vocabulary, most_logits=long.most_logits)
     for number, piece in short._pieces.items():
         size = round(piece.bytes + factor * (long._pieces[number].bytes - piece.bytes))
         found._pieces[number] = _Piece(min(size, logits) if piece.label == "logits" else size, piece.label, piece.phase)

@@ -71,7 +71,7 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
     Raises:
         Refused: what the layout refuses.
     """
-    config = replace(config, data=replace(config.data, packing=False), train=replace(config.train, compile=False))
+    config = replace(config, data=replace(config.data, packing=False))
     per_host = min(hardware.per_host, _ranks(config))
     step = step_drawn(config, granularity=GRANULARITY, memory=int(hardware.memory), ranks_per_node=per_host)
     peak, payload = step.peak, step.payload

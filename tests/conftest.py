@@ -30,7 +30,7 @@ if sys.dont_write_bytecode:
 # the files that take longest, longest first: begun first, so that workers of `pytest -n` end together
 LONGEST = (
     "tests/distributed/test_parity.py", "tests/faults/test_hosts.py", "tests/distributed/test_fsdp.py",
-    "tests/train/test_trainer.py", "tests/faults/test_kills.py", "tests/planner/test_trace.py",
+    "tests/train/test_trainer.py", "tests/docs/test_blocks.py", "tests/faults/test_kills.py", "tests/planner/test_trace.py",
     "tests/faults/test_restarts.py", "tests/check/test_check.py", "tests/test_examples.py", "tests/faults/test_watch.py",
     "tests/faults/test_signals.py", "tests/distributed/test_masks.py", "tests/checkpoint/test_bits.py",
     "tests/checkpoint/test_layouts.py", "tests/cli/test_cli.py",

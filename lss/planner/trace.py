@@ -34,7 +34,9 @@ from lss.train.models import lay_out
 from lss.train.optim import STATE_PART, build_optimizer
 from lss.train.steps import accumulate_gradients, parameter_dtype
 
-_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+# operator -> the one whose formula torch has; gradients of the head's weight are added up in place
+_PRODUCTS = {op: op for op in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)}
+_PRODUCTS[torch.ops.aten.addmm_] = torch.ops.aten.addmm
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in _PRODUCTS:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        product = _PRODUCTS.get(func._overloadpacket)
+        if product is not None:
+            self.flops += flop_registry[product](*args, **(kwargs or {}), out_val=out)
         return out
 
 

@@ -10,7 +10,7 @@ from lss.config.errors import Refused
 from lss.model import Transformer
 from lss.planner import Ledger, trace_step
 from lss.planner.trace import run_step
-from lss.train.models import build_model
+from lss.train.models import build_model, find_model
 from tests.distributed.pool import mesh, pool
 
 SMALL = ["model.d_model=32", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=2", "model.d_mlp=48",
@@ -62,6 +62,14 @@ def test_predicted_is_what_happens(world, name):
         for label in peak.classes | found.peak.classes:
             sizes = [x.classes.get(label, 0) for x in (found.peak, peak)]
             assert sizes[0] == pytest.approx(sizes[1], abs=0.1 * peak.bytes), label
+
+
+@pytest.mark.parametrize("name", ["plain", "learned"])
+def test_products_are_three_of_every_matrix_and_token(name):
+    """Forward, and the gradients of inputs and of weights; the head's too, which the loss computes with its forward."""
+    config = _config(2, RUNS[name])
+    tokens = config.train.batch_size * config.data.seq_len // 2
+    assert trace_step(config).products == 3 * 2 * find_model(config).matrix_parameters * tokens
 
 
 def test_offloaded_activations_are_the_hosts():

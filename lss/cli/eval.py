@@ -90,39 +90,45 @@ def _window(target: Target, split: Split, options: argparse.Namespace) -> tuple[
 
 
 def _evaluate(target: Target, options: argparse.Namespace, rendezvous: timedelta) -> int:
-    from lss.comm import control
     from lss.mesh import close, init_mesh
-    from lss.train.evaluate import score
-    from lss.train.token_losses import LossesFile
 
     share_cores()
     parallel = target.config.parallel
     assert isinstance(parallel.cp, int)
     mesh = init_mesh(cp=parallel.cp, dp=parallel.dp, rendezvous=rendezvous)
-    first = mesh.get_rank() == 0
     try:
-        with ExitStack() as scope, told_once(mesh):
-            split = _split(target, options, _tokens(target, mesh, scope))
-            _scan(split, mesh)
-            window, stride = _window(target, split, options)
-            target = target.at(window)
-            model = target.load(mesh)
-            files: list[LossesFile] = []
-
-            def keep(reader: Any) -> Callable:
-                files.append(LossesFile(Path(options.per_token), reader, model, mesh))
-                return files[0].write
-
-            found = score(model, split, target.config, stride, keep=keep if options.per_token else None,
-                          progress=_progress(split.corpus.unit) if first else lambda done, total: None)  # fmt: skip
-            for file in files:
-                file.close()
-            if first:
-                _show(target, split, found, options)
-            control(mesh, "data").gather("")  # a folder of tokens stays until all are done with it
+        with told_once(mesh):
+            _score(target, options, mesh)
     finally:
-        close()
+        close()  # when the model is gone, whose groups would else outlive it
     return 0
+
+
+def _score(target: Target, options: argparse.Namespace, mesh: DeviceMesh) -> None:
+    from lss.comm import control
+    from lss.train.evaluate import score
+    from lss.train.token_losses import LossesFile
+
+    first = mesh.get_rank() == 0
+    with ExitStack() as scope:
+        split = _split(target, options, _tokens(target, mesh, scope))
+        _scan(split, mesh)
+        window, stride = _window(target, split, options)
+        target = target.at(window)
+        model = target.load(mesh)
+        files: list[LossesFile] = []
+
+        def keep(reader: Any) -> Callable:
+            files.append(LossesFile(Path(options.per_token), reader, model, mesh))
+            return files[0].write
+
+        found = score(model, split, target.config, stride, keep=keep if options.per_token else None,
+                      progress=_progress(split.corpus.unit) if first else lambda done, total: None)  # fmt: skip
+        for file in files:
+            file.close()
+        if first:
+            _show(target, split, found, options)
+        control(mesh, "data").gather("")  # a folder of tokens stays until all are done with it
 
 
 def _tokens(target: Target, mesh: DeviceMesh, scope: ExitStack) -> Path | None:

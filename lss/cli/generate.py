@@ -17,6 +17,7 @@ from lss.config.errors import refuse
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
 MOST_PROMPT = 1 << 30  # bytes
 
@@ -76,34 +77,39 @@ def _sampling(options: argparse.Namespace) -> Any:
 def _generate(
     target: Target, options: argparse.Namespace, letters: Letters, ids: list[int], rendezvous: timedelta
 ) -> int:
+    from lss.mesh import close, init_mesh
+
+    share_cores()
+    assert isinstance(target.config.parallel.cp, int)
+    mesh = init_mesh(cp=target.config.parallel.cp, rendezvous=rendezvous)
+    try:
+        with told_once(mesh):
+            _continue(target, options, letters, ids, mesh)
+    finally:
+        close()  # when the model is gone, whose groups would else outlive it
+    return 0
+
+
+def _continue(target: Target, options: argparse.Namespace, letters: Letters, ids: list[int], mesh: DeviceMesh) -> None:
     import torch
 
     from lss.context_parallel import AttentionOptions
     from lss.infer import generate as generated
-    from lss.mesh import close, init_mesh
     from lss.train.steps import autocast
 
-    share_cores()
     parallel, dtype = target.config.parallel, target.config.train.dtype
-    assert isinstance(parallel.cp, int)
-    mesh = init_mesh(cp=parallel.cp, rendezvous=rendezvous)
     # however it was trained: what each rank holds of the prompt decides, and all strategies compute the same
     attention = AttentionOptions(kernel=parallel.kernel, transport=parallel.transport)
     order = "head_tail" if parallel.order == "balanced" else parallel.order
     told = _Told(options, letters, mesh.get_rank() == 0)
-    try:
-        with told_once(mesh):
-            model = target.load_plain(mesh)
-            prompt = torch.tensor([ids], device=mesh.device_type)
-            told.begin(target, len(ids))
-            found = generated(
-                model, prompt, mesh, max_new_tokens=options.max_new_tokens, sampling=_sampling(options), order=order,
-                options=attention, end=letters.end, autocast=lambda: autocast(dtype, mesh.device_type), seen=told.token,
-            )  # fmt: skip
-            told.finish(target, found[0].tolist())
-    finally:
-        close()
-    return 0
+    model = target.load_plain(mesh)
+    prompt = torch.tensor([ids], device=mesh.device_type)
+    told.begin(target, len(ids))
+    found = generated(
+        model, prompt, mesh, max_new_tokens=options.max_new_tokens, sampling=_sampling(options), order=order,
+        options=attention, end=letters.end, autocast=lambda: autocast(dtype, mesh.device_type), seen=told.token,
+    )  # fmt: skip
+    told.finish(target, found[0].tolist())
 
 
 class _Told:

@@ -31,6 +31,17 @@ def test_own_model_is_the_same_on_one_rank_and_on_three():
     assert three == pytest.approx(alone, abs=2e-5)
 
 
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
+@pytest.mark.parametrize("name", ["trainer.py", "accelerate_loop.py"])
+def test_trainer_and_a_loop_with_accelerate_are_the_same_on_one_rank_and_on_two(name):
+    example = str(ROOT / "examples" / name)
+    alone = output([sys.executable, example])
+    two = output([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", example])
+    assert len(alone) == 2
+    assert alone[-1] < alone[0] - 0.3
+    assert two == pytest.approx(alone, abs=2e-5)
+
+
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 def test_a_hugging_face_model_is_the_same_on_one_rank_and_on_two():
     example = str(ROOT / "examples" / "hf_finetune.py")

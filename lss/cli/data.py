@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lss.config.errors import refuse
+
+if TYPE_CHECKING:
+    from lss.data.bins import Bins, Series
 
 
 def data(options: argparse.Namespace) -> int:
@@ -23,7 +27,7 @@ def _tokenize(options: argparse.Namespace) -> int:
     from lss.data.tokenize import Recipe, tokenize
 
     field = options.field or ("messages" if options.chat else "text")
-    recipe = Recipe(options.tokenizer, options.format, field, options.chat)
+    recipe = Recipe(options.tokenizer, options.format, field, options.chat, *_series(options))
     out = Path(options.output)
     index = tokenize(options.inputs, recipe, out, processes=options.processes, progress=show_progress("tokenising"))
     print(f"{out}: {index['tokens']:,} tokens of {index['documents']:,} documents in {index['inputs']:,} files; "
@@ -31,16 +35,45 @@ def _tokenize(options: argparse.Namespace) -> int:
     return 0
 
 
+def _series(options: argparse.Namespace) -> tuple[Series | None, Bins | None]:
+    """How numbers become ids, and the bins where they are there already."""
+    from lss.data.bins import Series, bins_of
+    from lss.data.token_folder import read_index
+    from lss.data.tokenizer import SERIES
+
+    series = Series(options.columns, options.bins, options.binning, options.nan, options.held_out)
+    if options.tokenizer != SERIES:
+        if series != Series() or options.bins_of is not None:
+            given = "--columns, --bins, --binning, --nan, --held-out and --bins-of"
+            raise refuse("--tokenizer", options.tokenizer, f"{given} are of numbers; use none, or give \"series\"")
+        return None, None
+    if options.bins < 2:
+        raise refuse("--bins", options.bins, "give a whole number, 2 or more")
+    if not 0 < options.held_out <= 0.5:
+        raise refuse("--held-out", options.held_out, "give a number above 0, up to 0.5")
+    if options.bins_of is None:
+        return series, None
+    if series != Series(series.columns):
+        raise refuse("--bins-of", options.bins_of, "leave out --bins, --binning, --nan and --held-out, which it says")
+    folder = Path(options.bins_of).expanduser()
+    bins = bins_of(folder, read_index(folder))
+    if bins is None:
+        raise refuse("--bins-of", options.bins_of, "its tokens are no numbers; give a folder made with --tokenizer series")
+    return series, bins
+
+
 def _info(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from lss.data.info import describe, describe_tokens, is_tokens
+    from lss.data.info import describe, describe_series, describe_tokens, is_series, is_tokens
     from lss.data.sources import ByteCorpus
 
     if options.seq_len < 1:
         raise refuse("--seq-len", options.seq_len, "give a whole number of tokens, 1 or more")
-    if options.path and is_tokens(options.path):
+    if options.path and is_series(options.path):
+        facts = describe_series(options.path, options.seq_len)
+    elif options.path and is_tokens(options.path):
         facts = describe_tokens(options.path, options.seq_len, options.token_bytes)
     else:
         facts = describe(ByteCorpus(options.path), options.seq_len)

@@ -72,11 +72,22 @@ def _split(target: Target, options: argparse.Namespace, folder: Path | None) -> 
     from lss.data import Split, open_corpus
 
     corpus = open_corpus(target.config, folder)
+    _refuse_other_bins(target, corpus)
     part = _part(target, options)
     if part == "all":
         return Split(corpus, 0, len(corpus), "whole")  # type: ignore[arg-type]  (one corpus: weights are refused)
     training, held_out = corpus.split(target.config.data.held_out)
     return held_out if part == "held-out" else training
+
+
+def _refuse_other_bins(target: Target, corpus: Any) -> None:
+    """Ids of a series mean what the bins say that the model was trained with."""
+    from lss.data.bins import same_bins
+
+    trained, here = target.bins, getattr(corpus, "bins", None)
+    if trained is not None and (here is None or not same_bins(trained, here)):
+        fit = "its ids are not of the bins that the model was trained with; make them by lss data tokenize --bins-of"
+        raise refuse("data.path", repr(target.config.data.path), fit)
 
 
 def _window(target: Target, split: Split, options: argparse.Namespace) -> tuple[int, int]:
@@ -151,7 +162,7 @@ def _tokens(target: Target, mesh: DeviceMesh, scope: ExitStack) -> Path | None:
         try:
             told[0] = scope.enter_context(tempfile.TemporaryDirectory(prefix="lss-eval-"))
             named = replace(config, model=replace(config.model, hf=target.tokenizer))
-            prepare(named, Path(told[0]), show_progress("tokenising"))
+            prepare(named, Path(told[0]), show_progress("tokenising"), target.bins)
         except (Refused, Failed) as error:
             told[1] = str(error)
     folder, reason = json.loads(talk.gather(json.dumps(told))[0])

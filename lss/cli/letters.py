@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from lss.config.errors import Refused, refuse
 
 if TYPE_CHECKING:
     from lss.cli.target import Target
+    from lss.data.bins import Bins
 
 _BEFORE = 8  # ids before new ones that tell how their text begins
 
@@ -34,9 +38,11 @@ def letters_of(target: Target, tokenizer: str) -> Letters:
     Raises:
         Refused: its ids have no text that is known here.
     """
-    from lss.data.tokenizer import NUCLEOTIDE
+    from lss.data.tokenizer import NUCLEOTIDE, SERIES
 
-    data = target.config.data
+    data, bins = target.config.data, target.bins
+    if bins is not None and tokenizer in ("", SERIES):
+        return _Numbers(bins)
     if not tokenizer and data.source == "bytes":
         return _Bytes()
     if tokenizer == NUCLEOTIDE or (not tokenizer and (data.source == "fasta" or data.reverse_complement)):
@@ -44,7 +50,7 @@ def letters_of(target: Target, tokenizer: str) -> Letters:
     name = tokenizer or target.tokenizer or _recorded(data.path)
     if name == NUCLEOTIDE:
         return _Nucleotides()
-    if not name:
+    if name in ("", SERIES):
         fit = "it was trained on ids that no tokenizer is recorded for; name one, a folder or OWNER/NAME"
         raise refuse("--tokenizer", "''", fit)
     return _Tokens(name)
@@ -99,6 +105,35 @@ class _Nucleotides:
         from lss.data.tokenizer import LETTERS
 
         return "".join(LETTERS[i] if i < len(LETTERS) else "" for i in ids)
+
+
+class _Numbers:
+    """Rows of numbers, a line each, by the bins that the model was trained with."""
+
+    end: int | None = None
+
+    def __init__(self, bins: Bins) -> None:
+        self._bins = bins
+
+    def encode(self, text: bytes, setting: str) -> list[int]:
+        """Numbers with commas or white space between, row by row; the last row may be a part."""
+        channels, values = len(self._bins.channels), []
+        for cell in text.decode("utf-8", "replace").replace(",", " ").split():
+            try:
+                values.append(float(cell))
+            except ValueError:
+                raise refuse(setting, repr(cell[:40]), f"no number; give rows of {channels}") from None
+            if math.isinf(values[-1]) or (math.isnan(values[-1]) and not self._bins.nan):
+                raise refuse(setting, cell, "no bin of the model holds it; give finite numbers")
+        rows = np.zeros((-(-len(values) // channels), channels))
+        rows.reshape(-1)[: len(values)] = values
+        return self._bins.encode(rows)[: len(values)].tolist()
+
+    def more(self, ids: Sequence[int]) -> str:
+        """What the bins stand for; a line ends with the last column."""
+        values, last = self._bins.decode(np.asarray(ids, np.int64)), len(self._bins.channels) - 1
+        ends = ("\n" if i // self._bins.bins >= last else "," for i in ids)
+        return "".join(f"{value:.6g}{end}" for value, end in zip(values, ends, strict=True))
 
 
 class _Tokens:

@@ -108,9 +108,17 @@ def build_parser() -> argparse.ArgumentParser:
 def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs")
     parser.add_argument("--tokenizer", required=True, metavar="NAME",
-                        help="a folder or OWNER/NAME of a Hugging Face tokenizer, or nucleotide")  # fmt: skip
+                        help="a folder or OWNER/NAME of a Hugging Face tokenizer, nucleotide, or series")  # fmt: skip
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the token files")
     parser.add_argument("--format", default="auto", help="auto (by the files' names), text, jsonl, parquet or fasta")
+    parser.add_argument("--columns", default="", metavar="A,B", help="of a series: names or numbers (default all)")
+    parser.add_argument("--bins", type=int, default=64, metavar="N", help="of a series: bins of each column (default 64)")
+    parser.add_argument("--binning", default="quantile", choices=("quantile", "uniform"),
+                        help="of a series: bins of equally many training values (default), or of equal width")  # fmt: skip
+    parser.add_argument("--nan", action="store_true", help="of a series: NaN has an id of its own; else it is refused")
+    parser.add_argument("--held-out", type=float, default=0.05, metavar="X",
+                        help="of a series: fraction at its end on which no bins are fitted (default 0.05)")  # fmt: skip
+    parser.add_argument("--bins-of", metavar="DIR", help="of a series: take the bins of this folder of tokens")
     parser.add_argument("--field", default="", metavar="NAME", help="a record's text (default text, with --chat messages)")
     parser.add_argument("--chat", action="store_true",
                         help="records are conversations, or prompt and completion; only answers are trained on")  # fmt: skip

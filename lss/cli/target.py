@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from lss.checkpoint import Checkpoint
+    from lss.data.bins import Bins
     from lss.train.models import Subject
 
 NAMED = "model.hf="
@@ -45,6 +46,14 @@ class Target:
     def config(self) -> Config:
         """The config of this command."""
         return self.subject.config
+
+    @property
+    def bins(self) -> Bins | None:
+        """The bins of the numbers that it was trained on; None for a model of other data."""
+        from lss.data.bins import Bins
+
+        told = None if self.checkpoint is None else self.checkpoint.read_state().get("bins")
+        return None if told is None else Bins.of(told, Path(self.name))
 
     def at(self, seq_len: int) -> Target:
         """The same for sequences of another length."""
@@ -124,7 +133,11 @@ def _of_run(folder: Path, name: str, overrides: Sequence[str], ranks: int) -> Ta
             raise refuse(key, value, f"{folder} brings its own model; leave it out")
     own = not any(override.startswith(("data.path=", "data.source=")) for override in overrides)
     if not own:  # settings of the run's own files, which others need not have
-        values["data"] = {key: values["data"][key] for key in ("source", "seq_len", "packing") if key in values["data"]}
+        data = values.get("data", {})
+        kept = ["source", "seq_len", "packing"]
+        if data.get("source") == "series" and not any(override.startswith("data.source=") for override in overrides):
+            kept += ["columns", "bins", "binning", "nan", "held_out"]
+        values["data"] = {key: data[key] for key in kept if key in data}
     for section in ("optim", "checkpoint", "memory"):
         values.pop(section, None)
     values["parallel"] = values.get("parallel", {}) | {"cp": "auto", "dp": 1}

@@ -119,9 +119,13 @@ class Config:
 
     def _validate_data(self) -> None:
         data, kind = self.data, self.model.kind
-        if data.source in ("tokens", "fasta") and not data.path:
+        if data.source in ("tokens", "fasta", "series") and not data.path:
             fit = f'data.source="{data.source}" has no files of its own; give a file, a folder or a glob'
             raise refuse("data.path", "''", fit)
+        for key in ("columns", "bins", "binning", "nan"):
+            if data.source != "series" and getattr(data, key) != getattr(DataConfig(), key):
+                fit = f'data.source="{data.source}" has no columns of numbers; leave it out, or use data.source="series"'
+                raise refuse(f"data.{key}", show(getattr(data, key)), fit)
         if data.source == "text" and not self.model.hf:
             raise refuse("data.source", '"text"', 'a tokenizer comes with model.hf; use "bytes", or lss data tokenize')
         if data.weights and data.source not in ("bytes", "tokens"):

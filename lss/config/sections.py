@@ -212,8 +212,9 @@ class DataConfig:
     """[data]: what is read."""
 
     source: str = _key("bytes", str, "how files become tokens: bytes as they are; tokens: files of ids; text: by the "
-                       "tokenizer of model.hf, with which it is the default; fasta: nucleotides of FASTA and FASTQ",
-                       choices=("bytes", "tokens", "text", "fasta"))  # fmt: skip
+                       "tokenizer of model.hf, with which it is the default; fasta: nucleotides of FASTA and FASTQ; "
+                       "series: numbers of CSV, NPY and NPZ files, by bins of their values",
+                       choices=("bytes", "tokens", "text", "fasta", "series"))  # fmt: skip
     token_bytes: int = _key(2, int, "bytes of an id in a .bin file, 2 or 4; a .npy file says its own", low=2, high=4)
     path: str = _key("", str, "file, folder or glob; empty: for bytes the running Python's standard-library sources")
     weights: tuple[int, ...] = _key((), list, "of several corpora, whose paths stand in path with ; between: how many "
@@ -226,6 +227,11 @@ class DataConfig:
     source_every: int = _key(2, int, "an encoder_decoder's source is each n-th byte or token of its text", low=1)
     reverse_complement: bool = _key(False, bool, "of nucleotides: every second sequence, drawn by seed and sample, is read "
                                     "from the other strand")  # fmt: skip
+    columns: str = _key("", str, "of a series: names or numbers (from 0) of columns, with commas between; empty: all")
+    bins: int = _key(64, int, "of a series: bins of each column; ids are columns x bins, and one for NaN", low=2)
+    binning: str = _key("quantile", str, "of a series: bins of equally many training values, or of equal width",
+                        choices=("quantile", "uniform"))  # fmt: skip
+    nan: bool = _key(False, bool, "of a series: NaN and empty cells have an id of their own; else they are refused")
     held_out: float = _key(0.05, float, "fraction of the corpus, at its end, kept for evaluation", low=1e-6, high=0.5)
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from lss.config import Config
 from lss.config.errors import Refused, refuse
 from lss.data.mixture import MixedCorpus
-from lss.data.prepare import FOLDER, PREPARED
+from lss.data.prepare import FOLDER, PREPARED, ids_below
 from lss.data.sources import ByteCorpus, Corpus
 from lss.data.tokenizer import NUCLEOTIDE
 from lss.data.tokens import TokenCorpus
@@ -44,14 +44,6 @@ def open_corpus(config: Config, out: Path | None = None) -> Corpus | MixedCorpus
 def corpus_digest(config: Config, out: Path) -> str:
     """The digest by which a changed corpus is told, without its tokens where they are made by the run."""
     return ByteCorpus(config.data.path).digest if config.data.source in PREPARED else open_corpus(config, out).digest
-
-
-def ids_below(config: Config) -> int:
-    """Ids in the data are below this: the vocabulary, less the id that stands for masked tokens in an encoder's."""
-    vocabulary = config.model.vocab_size
-    genome = config.data.source == "fasta" or config.data.reverse_complement  # whose vocabulary has an id for masks
-    masks = config.model.kind == "encoder" and config.data.source != "bytes" and not genome
-    return vocabulary - 1 if masks else vocabulary
 
 
 def mask_id(config: Config) -> int:

@@ -22,14 +22,14 @@ _LONGEST_LINE = 1 << 30
 _BREAK = re.compile(rb"(?<=[^\s])\n(?=[^\s])")
 # where there is none, before the space between two words
 _SPACE = re.compile(rb"(?<=[^\s]) (?=[^\s])")
-FORMATS = ("text", "jsonl", "parquet", "fasta")
+FORMATS = ("text", "jsonl", "parquet", "fasta", "series")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
 _FASTA = (".fa", ".fasta", ".fna", ".ffn", ".fq", ".fastq")
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of one file: bytes of text or JSON lines, row groups of Parquet, all of a FASTA file.
+    """A stretch of one file: bytes of text or JSON lines, row groups of Parquet, all of a FASTA file or a numeric series.
 
     `last`: the file ends with it.
     """
@@ -75,7 +75,7 @@ def _spans(file: Path, format: str) -> Iterator[Span]:
         for group in range(groups):
             yield Span(str(file), format, group, group + 1, -(-size // groups), group + 1 == groups)
         return
-    if format == "fasta":
+    if format in ("fasta", "series"):
         yield Span(str(file), format, 0, size, size, True)
         return
     with file.open("rb") as stream:

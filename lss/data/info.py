@@ -9,10 +9,12 @@ import numpy as np
 
 from lss.config.errors import Refused
 from lss.data.packing import pack
-from lss.data.sources import ByteCorpus, Split
+from lss.data.sources import ByteCorpus, Split, find_files
+from lss.data.tables import SUFFIXES as TABLES
+from lss.data.tables import open_table
 from lss.data.token_folder import INDEX, check_digests, read_index
-from lss.data.tokenizer import LETTERS, NUCLEOTIDE, Tokenizer
-from lss.data.tokens import SUFFIXES, TokenCorpus
+from lss.data.tokenizer import LETTERS, NUCLEOTIDE, SERIES, Tokenizer
+from lss.data.tokens import SUFFIXES, TokenCorpus, is_ids
 
 _BLOCK = 1 << 20  # bytes at a time, so that memory does not grow with the corpus
 _SAMPLE = 200
@@ -89,6 +91,7 @@ def describe_tokens(path: str, seq_len: int, token_bytes: int = 2, held_out: flo
         "documents": len(ends),
         "tokens_trained_on": trained,
         "largest_id": largest,
+        **_bins_told(corpus),
         **({"tokenizer": index["tokenizer"], "vocabulary": index["vocab_size"], "SHA-256": "as recorded"} if index else {}),
         "shortest_document": int(lengths.min()),
         "longest_document": int(lengths.max()),
@@ -99,6 +102,44 @@ def describe_tokens(path: str, seq_len: int, token_bytes: int = 2, held_out: flo
     }
 
 
+def is_series(path: str) -> bool:
+    """Whether a path is of numbers in columns: CSV and NPZ files, and .npy files of anything but ids."""
+    place = Path(path).expanduser()
+    files = [place] if place.is_file() else []
+    if place.is_dir() and not (place / INDEX).is_file():
+        files = [file for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    if not files or not all(file.suffix.lower() in TABLES for file in files):
+        return False
+    return files[0].suffix.lower() != ".npy" or not is_ids(files[0])
+
+
+def describe_series(path: str, seq_len: int) -> dict[str, Any]:
+    """What files of numbers hold, column by column; read once, whole, in blocks.
+
+    Raises:
+        Refused: a file that cannot be read so.
+    """
+    tables = [open_table(file) for file in find_files(path)[1]]
+    names, rows = tables[0].names, 0
+    count, total = np.zeros(len(names), np.int64), np.zeros(len(names))
+    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+    for table in tables:
+        if len(table.names) != len(names):
+            raise Refused(f"{table.file}: has {len(table.names)} columns, and {tables[0].file} has {len(names)}.")
+        for chunk in table.chunks():
+            there = ~np.isnan(chunk)
+            rows, count = rows + len(chunk), count + there.sum(0)
+            low = np.minimum(low, chunk.min(0, initial=np.inf, where=there))
+            high = np.maximum(high, chunk.max(0, initial=-np.inf, where=there))
+            total += chunk.sum(0, where=there)
+    columns = {
+        f"column {name}": f"{low[i]:.6g} to {high[i]:.6g}, mean {total[i] / count[i]:.6g}, {rows - count[i]:,} NaN"
+        if count[i] else "empty" for i, name in enumerate(names)
+    }  # fmt: skip
+    facts = {"corpus": path, "files": len(tables), "rows": rows, "columns": len(names), "tokens": rows * len(names)}
+    return facts | {f"sequences_of_{seq_len}": max(rows * len(names) - 1, 0) // seq_len} | columns
+
+
 def histogram(lengths: np.ndarray) -> str:
     """How many documents are of which length, by powers of two: a bar a line."""
     powers = np.bincount(np.frexp(np.maximum(lengths, 1).astype(np.float64))[1] - 1)
@@ -107,6 +148,15 @@ def histogram(lengths: np.ndarray) -> str:
         bar = "#" * -(-15 * int(powers[power]) // int(powers.max()))
         lines.append(f"from {1 << power:>11,} {int(powers[power]):>9,} {bar}".rstrip())
     return "\n".join(lines)
+
+
+def _bins_told(corpus: TokenCorpus) -> dict[str, Any]:
+    bins = corpus.bins
+    if bins is None:
+        return {}
+    ends = [f"{name}: {edges[0]:.6g} to {edges[-1]:.6g}" for name, edges in zip(bins.channels, bins.edges, strict=True)]
+    nan = f", NaN is {bins.ids - 1}" if bins.nan else ""
+    return {"bins": f"{bins.bins} a column by {bins.binning}{nan}", "edges": "\n".join(ends[:20])}
 
 
 def _sequences(training: Split, held: Split, seq_len: int) -> dict[str, Any]:
@@ -126,6 +176,8 @@ def _decoded(tokenizer: str, ids: np.ndarray) -> str:
     """Ids as text, where the tokenizer is at hand, else as numbers."""
     if tokenizer == NUCLEOTIDE:
         return "".join(LETTERS[i] if i < len(LETTERS) else "|" for i in ids)
+    if tokenizer == SERIES:
+        return " ".join(map(str, ids))
     try:
         return _printable(Tokenizer(tokenizer).decode(ids.tolist())) if tokenizer else " ".join(map(str, ids))
     except Refused:

@@ -6,7 +6,7 @@ import numpy as np
 
 from lss.config.errors import Refused
 from lss.data.sources import ByteCorpus, Split
-from lss.data.tokenizer import END, NUCLEOTIDE, Tokenizer
+from lss.data.tokenizer import END, NUCLEOTIDE, SERIES, Tokenizer
 from lss.data.tokens import TokenCorpus
 
 _BLOCK = 1 << 20  # items at a time
@@ -39,7 +39,7 @@ def _of_part(part: Split, runs: np.ndarray, tokenizer: str) -> int | None:
     corpus = part.corpus
     if isinstance(corpus, ByteCorpus):
         return int((runs[:, 1] - runs[:, 0] - 1).sum())
-    if not isinstance(corpus, TokenCorpus) or not corpus.tokenizer or part.read_trained(0, 1) is not None:
+    if not isinstance(corpus, TokenCorpus) or corpus.tokenizer in ("", SERIES) or part.read_trained(0, 1) is not None:
         return None
     nucleotides = corpus.tokenizer == NUCLEOTIDE
     try:

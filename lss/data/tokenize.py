@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from typing import Any
 import numpy as np
 
 from lss.config.errors import Failed, Refused, refuse
+from lss.data.bins import Bins, Series, fit_bins
 from lss.data.documents import FORMATS, Span, fingerprint, format_of, records, sequences, split_files, texts
 from lss.data.sources import find_files
+from lss.data.tables import open_table
 from lss.data.token_folder import FORMAT, INDEX, read_index
-from lss.data.tokenizer import END, NUCLEOTIDE, NUCLEOTIDE_IDS, NUCLEOTIDES, Tokenizer
+from lss.data.tokenizer import END, NUCLEOTIDE, NUCLEOTIDE_IDS, NUCLEOTIDES, SERIES, Tokenizer
 
 Piece = tuple[Sequence[int] | np.ndarray, Sequence[bool] | None, bool]  # ids, which are trained on, a document's end
 
@@ -37,7 +39,7 @@ class Recipe:
     """How files become tokens.
 
     Attributes:
-        tokenizer: a folder, OWNER/NAME, or "nucleotide".
+        tokenizer: a folder, OWNER/NAME, "nucleotide", or "series" for numbers in columns.
         format: "auto" goes by the files' names.
         field: of a record of JSON lines or Parquet, its text, or with `chat` its messages.
         chat: records are conversations, of which the assistant's words alone are trained on; or have `prompt` and
@@ -48,6 +50,12 @@ class Recipe:
     format: str = "auto"
     field: str = "text"
     chat: bool = False
+    series: Series | None = None
+    given: Bins | None = None
+
+    def plan(self) -> dict[str, Any]:
+        """What a folder of tokens is told apart by."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def tokenize(
@@ -56,6 +64,7 @@ def tokenize(
     out: Path,
     *,
     processes: int | None = None,
+    most_ids: int | None = None,
     setting: str = "--tokenizer",
     out_setting: str = "-o",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -67,6 +76,7 @@ def tokenize(
 
     Args:
         processes: by default one a core, at most one a part.
+        most_ids: of a numeric series: how many ids there may be.
         setting, out_setting: what tokenizer and folder were given by, for refusals.
         progress: called with (bytes done, bytes in all).
 
@@ -75,6 +85,8 @@ def tokenize(
     Raises:
         Refused: the inputs, the recipe or the folder do not fit, by file and place.
     """
+    if recipe.tokenizer == SERIES:
+        recipe = replace(recipe, format=SERIES, series=recipe.series or Series())
     if recipe.format not in ("auto", *FORMATS):
         raise refuse("--format", recipe.format, f"use auto, {', '.join(FORMATS)}")
     files, names = [], []
@@ -86,13 +98,15 @@ def tokenize(
     parts = split_files(files, recipe.format)
     if not parts:
         raise refuse("INPUT", " ".join(inputs) or "''", "holds no bytes")
-    plan = asdict(recipe) | {"format_version": FORMAT, "names": names, "fingerprint": fingerprint(files)}
+    plan = recipe.plan() | {"format_version": FORMAT, "names": names, "fingerprint": fingerprint(files)}
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     if (out / INDEX).exists():
         index = read_index(out)
         if index["plan"] != digest:
             raise refuse(out_setting, out, "it holds the tokens of other files, or made otherwise; choose another folder")
         return index
+    if recipe.series:
+        recipe = replace(recipe, given=_bins(files, recipe, most_ids))
     try:
         _begin(out, digest, out_setting)
         facts = _make_all(parts, recipe, out, processes, setting, progress)
@@ -122,8 +136,25 @@ def _refuse_mixture(files: Sequence[Path], recipe: Recipe) -> None:
         raise refuse("--tokenizer", recipe.tokenizer, fit)
     if not genome and "fasta" in formats:
         raise refuse("--tokenizer", recipe.tokenizer, f'FASTA is read by the tokenizer "{NUCLEOTIDE}"')
+    if SERIES in formats and recipe.tokenizer != SERIES:
+        raise refuse("--format", SERIES, f'numbers are read by the tokenizer "{SERIES}"')
     if recipe.chat and formats - {"jsonl", "parquet"}:
         raise refuse("--chat", "true", "conversations are records of JSON lines or Parquet; use --format jsonl")
+
+
+def _bins(files: Sequence[Path], recipe: Recipe, most_ids: int | None) -> Bins:
+    """Those that are given, held against the files; else fitted on them."""
+    series, bins = recipe.series, recipe.given
+    assert series is not None
+    kept = [file for file in files if file.stat().st_size]
+    if bins is None:
+        return fit_bins(kept, series, most_ids)
+    for file in kept:
+        names = open_table(file, series.chosen).names
+        if len(names) != len(bins.channels):
+            fit = f"{file} has {', '.join(names)[:200]}, and the bins are of {', '.join(bins.channels)[:200]}"
+            raise refuse("data.columns", series.columns or "''", f"{fit}; choose as many, in their order")
+    return bins
 
 
 def _begin(out: Path, digest: str, setting: str) -> None:
@@ -180,8 +211,8 @@ def _done(out: Path, number: int) -> dict[str, Any]:
 
 
 def open_tokenizer(name: str, setting: str = "--tokenizer") -> Tokenizer | None:
-    """The tokenizer of this name; None for nucleotides, which need none."""
-    return None if name == NUCLEOTIDE else Tokenizer(name, setting)
+    """The tokenizer of this name; None for nucleotides and numbers, which need none."""
+    return None if name in (NUCLEOTIDE, SERIES) else Tokenizer(name, setting)
 
 
 def _make_here(part: list[Span], recipe: Recipe, out: Path, number: int, setting: str) -> dict[str, Any]:
@@ -200,9 +231,14 @@ def _name(number: int) -> str:
 
 def _make(part: list[Span], recipe: Recipe, out: Path, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Write one part; returns its facts."""
-    vocab = NUCLEOTIDES if tokenizer is None else tokenizer.vocab_size
-    dtype = np.dtype("u1") if tokenizer is None else np.dtype("<u2" if vocab <= 1 << 16 else "<u4")
-    pieces = _nucleotides if tokenizer is None else partial(_pieces, recipe=recipe, tokenizer=tokenizer)
+    bins = recipe.given
+    vocab = bins.ids if bins else NUCLEOTIDES if tokenizer is None else tokenizer.vocab_size
+    least = "<u2" if vocab <= 1 << 16 else "<u4"
+    dtype = np.dtype("u1" if tokenizer is None and vocab <= 256 else least)
+    if bins:
+        pieces = partial(_numbers, recipe=recipe, bins=bins)
+    else:
+        pieces = _nucleotides if tokenizer is None else partial(_pieces, recipe=recipe, tokenizer=tokenizer)
     tokens, ends, length = 0, [], 0
     suffixes = [".bin", ".ends", *([".trained"] if recipe.chat else [])]
     digests = {suffix: hashlib.sha256() for suffix in suffixes}
@@ -247,6 +283,14 @@ def _nucleotides(span: Span) -> Iterator[Piece]:
         yield ids, None, False
         if end:
             yield [END] if ids.size else [], None, True
+
+
+def _numbers(span: Span, recipe: Recipe, bins: Bins) -> Iterator[Piece]:
+    """The ids of a file of numbers, row by row; the file is a document."""
+    assert recipe.series is not None
+    for chunk in open_table(Path(span.file), recipe.series.chosen).checked(bins.nan):
+        yield bins.encode(chunk), None, False
+    yield [], None, True
 
 
 def _pieces(span: Span, recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -302,6 +346,7 @@ def _index(facts: list[dict[str, Any]], recipe: Recipe, digest: str, names: list
         "documents": sum(part["documents"] for part in kept),
         "trained": recipe.chat,
         "inputs": len(names),
+        **({"series": recipe.given.to_dict()} if recipe.given else {}),
         "files": {name: entry for part in kept for name, entry in part["files"].items()},
     }
 

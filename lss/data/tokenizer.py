@@ -12,6 +12,7 @@ import numpy as np
 from lss.config.errors import Refused, refuse
 
 NUCLEOTIDE = "nucleotide"
+SERIES = "series"  # numbers in columns, by bins of their values
 LETTERS = "ACGTN"
 END = len(LETTERS)  # stands between sequences
 NUCLEOTIDES = END + 2  # the last id stands for masked tokens

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
-from numpy.lib import format as npy
 
 from lss.config.errors import Refused, refuse
-from lss.data.sources import Corpus, Piece, file_size, find_files
+from lss.data.bins import Bins, bins_of
+from lss.data.npy import npy_header
+from lss.data.sources import Corpus, Piece, Split, file_size, find_files
 from lss.data.token_folder import INDEX, document_ends, read_index, token_files
 
 SUFFIXES = (".bin", ".npy")
 TOKEN_BYTES = (2, 4)
-_LARGEST_HEADER = 1 << 16  # characters; a header says a dtype and a shape
 _BLOCK = 1 << 20  # items at a time, so that memory does not grow with the files
 
 
@@ -54,6 +56,9 @@ class TokenCorpus(Corpus):
         pieces = [_npy(file) if file.suffix == ".npy" else _raw(file, token_bytes) for file in kept]
         super().__init__(path, base, pieces)
         self.vocab_size = vocab_size
+        if "series" in self._index:  # the same sizes by other bins are other data
+            told = self.digest + json.dumps(self._index["series"], sort_keys=True)
+            self.digest = hashlib.sha256(told.encode()).hexdigest()
 
     def document_ends(self) -> np.ndarray:
         """Where each document ends: as recorded beside the ids, or with its file."""
@@ -73,6 +78,23 @@ class TokenCorpus(Corpus):
     def tokenizer(self) -> str:
         """The tokenizer that made the ids, where that is recorded."""
         return self._index.get("tokenizer", "")
+
+    @property
+    def bins(self) -> Bins | None:
+        """The bins that made the ids, where they were numbers."""
+        return bins_of(self._folder, self._index)
+
+    def split(self, held_out: float) -> tuple[Split, Split]:
+        """(training part, held-out part).
+
+        Raises:
+            Refused: more is held out than when the bins of a numeric series were fitted, which then know of it.
+        """
+        bins = self.bins
+        if bins is not None and held_out > bins.held_out:
+            fit = f"the bins of {self.name} know all but the last {bins.held_out:g}; use that or less, or make it anew"
+            raise refuse("data.held_out", held_out, fit)
+        return super().split(held_out)
 
     def read_file(self, number: int, start: int, stop: int) -> np.ndarray:
         """Ids [start, stop) of one file: int64.
@@ -147,20 +169,19 @@ def _header(file: Path) -> tuple[tuple[int, ...], np.dtype, int]:
     """(shape, dtype, bytes of the header); nothing is loaded by it."""
     try:
         with file.open("rb") as stream:
-            version = npy.read_magic(stream)
-            if version not in ((1, 0), (2, 0)):
-                raise ValueError(f"version {version[0]}.{version[1]}")
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, _, dtype = read(stream, max_header_size=_LARGEST_HEADER)
-            if min(shape, default=0) < 0:
-                raise ValueError(f"shape {shape}")
+            shape, _, dtype = npy_header(stream, str(file))
             return shape, dtype, stream.tell()
     except OSError as error:
         raise refuse("data.path", file, f"cannot be read ({error.strerror})") from None
-    # what numpy raises for headers that are cut off, too long, or no header at all
-    except (ValueError, TypeError, SyntaxError, EOFError, RecursionError, MemoryError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:100].rstrip(".") or type(error).__name__
-        raise Refused(f"{file}: byte 0 begins no .npy header that can be read ({reason}); save it anew.") from None
+
+
+def is_ids(file: Path) -> bool:
+    """Whether a .npy file holds whole numbers in one dimension, or is no .npy file at all, which its reader tells."""
+    try:
+        shape, dtype, _ = _header(file)
+    except Refused:
+        return True
+    return dtype.hasobject or (len(shape) == 1 and dtype.kind in "iu")
 
 
 def _first_nan(piece: Piece) -> str:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lss.comm import DEVICE, Watch, control
 from lss.config import Config
 from lss.config.errors import Failed, Refused
+from lss.data.bins import bins_told
 from lss.data.corpus import open_corpus
 from lss.data.loader import EvalLoader, Loader
 from lss.data.prepare import PREPARED, prepare
@@ -157,6 +158,7 @@ class Trainer:
             "parameters": self.subject.parameters,
             "corpus": {"name": self.corpus.name, self.corpus.unit: len(self.corpus), "digest": self.corpus.digest},
             "skipped": self.stopping.skipped,
+            **bins_told(self.corpus),
         } | self.subject.to_state(self.out)  # fmt: skip
 
     # -- the loop ----------------------------------------------------------------------------------------------------

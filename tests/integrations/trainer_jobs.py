@@ -1,0 +1,80 @@
+"""Three steps of transformers' Trainer, on one process as it stands and on ranks with the mixin."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+import lss
+from tests.integrations.hf_cases import V, build
+
+STEPS = 3
+
+
+def samples(count=16, length=19):
+    """Sequences of different many labels."""
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(4, V, (count, length), generator=draw)
+    labels = ids.clone()
+    for row in range(count):
+        labels[row, : (5 * row) % 13] = -100
+    return [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+
+
+def environment(rank, world, folder):
+    """What torchrun tells."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": "29999", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    return Path(folder)
+
+
+def arguments(folder, rows):
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=rows, gradient_accumulation_steps=2, max_steps=STEPS,
+        learning_rate=1e-2, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.5, logging_steps=1, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True, seed=5, dataloader_pin_memory=False,
+    )  # fmt: skip
+
+
+def train(make, model, folder, rows):
+    """(losses, norms, weights) of the steps, and what of the folder this rank has written."""
+    trainer = make(model=model, args=arguments(folder, rows), train_dataset=samples())
+    trainer.train()
+    told = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    trainer.save_model(str(folder / "saved"))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return [entry["loss"] for entry in told], [float(entry["grad_norm"]) for entry in told], weights
+
+
+def plain(rows, folder):
+    """One process, transformers alone."""
+    from transformers import Trainer
+
+    return train(Trainer, build("llama", torch.float32), Path(folder), rows)
+
+
+def cut(folder, cp, rows):
+    """A rank of the mesh; `rows` a cp group."""
+    import torch.distributed as dist
+    from transformers import Trainer
+
+    from lss.integrations.hf.trainer import LSSTrainerMixin
+
+    class Mixed(LSSTrainerMixin, Trainer):
+        pass
+
+    from accelerate.state import AcceleratorState
+
+    before = dict(os.environ)
+    environment(dist.get_rank(), dist.get_world_size(), folder)
+    try:
+        mesh = lss.init_mesh(cp=cp, dp=dist.get_world_size() // cp)
+        return train(Mixed, lss.parallelize(build("llama", torch.float32), mesh), Path(folder), rows)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.clear()
+        os.environ.update(before)

@@ -6,7 +6,7 @@ import csv
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -124,7 +124,7 @@ def _csv(file: Path, columns: Sequence[str]) -> Table:
     return Table(file, tuple(names[place] for place in picked), chunks)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
+def _lines(file: Path) -> Generator[tuple[int, list[str]], None, None]:
     """(number of the line, cells) of each line that is not empty."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:

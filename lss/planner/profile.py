@@ -63,7 +63,7 @@ def _value(path: Path, name: str, value: Any) -> Any:
     if not isinstance(value, kinds) or (isinstance(value, bool) and name not in _FLAGS):
         what = "text" if name in _NAMES else "true or false" if name in _FLAGS else "a number"
         raise Refused(f"{path}: {name}={show(str(value))} is not {what}; calibrate again")
-    if name not in _NAMES and name not in _FLAGS and not _positive(value):
+    if name not in _NAMES and name not in _FLAGS and not _positive(float(value)):
         raise Refused(f"{path}: {name}={value} is not above 0; calibrate again")
     return value
 

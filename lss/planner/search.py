@@ -32,7 +32,8 @@ MOST_CP = 12
 FAR = 1.25
 # Lengths are found to this part of themselves.
 CLOSE = 0.02
-MOST_RANKS = 1 << 17
+# Ranks that share a sequence at most: a trace takes time in proportion to them, seconds at this number.
+MOST_SHARING = 4096
 
 Build = Callable[[Sequence[str], int], Config]
 Settings = tuple[str, ...]
@@ -106,9 +107,9 @@ class Search:
         return found
 
     def fewest(self) -> tuple[Tried | None, int]:
-        """The most frugal settings on the fewest ranks, a power of two, that they fit; (None, 0) where none does."""
+        """The most frugal settings on the fewest ranks that they fit, powers of two up to `MOST_SHARING`; or (None, 0)."""
         ranks = 1
-        while ranks <= MOST_RANKS:
+        while ranks <= MOST_SHARING:
             for settings in self._frugal(ranks):
                 tried = self._try(settings, ranks)
                 if tried.fits:
@@ -127,7 +128,7 @@ class Search:
         config = self._build((), 0)
         if "train.batch_size" in self._fixed:
             divisors = [n for n in divisors if config.train.batch_size % (ranks // n) == 0]
-        divisors = [n for n in divisors if config.data.seq_len // n >= LEAST_SEGMENT] or divisors[:1]
+        divisors = [n for n in divisors if config.data.seq_len // n >= LEAST_SEGMENT and n <= MOST_SHARING] or divisors[:1]
         if len(divisors) > MOST_CP:
             powers = [divisors[-1] ** (step / (MOST_CP - 1)) for step in range(MOST_CP)]
             divisors = sorted({min(divisors, key=lambda n: abs(n / power - 1)) for power in powers})
@@ -154,8 +155,9 @@ class Search:
         return list(dict.fromkeys(rungs))
 
     def _frugal(self, ranks: int) -> list[Settings]:
-        """Settings that take least of the device: all ranks share a sequence."""
-        layout = self._free({"parallel.cp": ranks, "parallel.dp": 1, "train.batch_size": 1})
+        """Settings that take least of the device: all ranks, or as many as may, share a sequence."""
+        cp = max(n for n in range(1, min(ranks, MOST_SHARING) + 1) if ranks % n == 0)
+        layout = self._free({"parallel.cp": cp, "parallel.dp": ranks // cp, "train.batch_size": ranks // cp})
         layout += self._free({"parallel.fsdp": "true"}) if ranks > 1 else ()
         rungs = [self._free({"memory.checkpointing": kept, "memory.offload": "host"}) for kept in ("attention", "full")]
         return [(*layout, *rung) for rung in dict.fromkeys(rungs)]

@@ -122,6 +122,15 @@ def test_the_fewest_fit_and_half_of_them_do_not(planned):
     assert Search(build, replace(H100, memory=1), ()).fewest() == (None, 0)
 
 
+def test_no_more_ranks_share_a_sequence_than_are_traced_in_seconds(planned):
+    longer = "data.seq_len=67108864"
+    looking = Search(lambda settings, ranks: build([longer, *settings], ranks), H100, ["data.seq_len"])
+    settings = [setting for tried in looking.best(1 << 14) for setting in tried.settings]
+    assert max(int(setting.split("=")[1]) for setting in settings if ".cp=" in setting) <= room.MOST_SHARING
+    tried, _ = looking.longest(1 << 14)
+    assert {"parallel.cp=4096", "parallel.dp=4"} <= set(tried.settings)
+
+
 def test_the_command_on_real_traces(capsys):
     assert main(["plan", *SMALL, "model.n_layers=1", "parallel.fsdp=false", "parallel.regather=true", "train.batch_size=1",
                  "--gpus", "2", "--search"]) == 0  # fmt: skip

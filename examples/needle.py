@@ -1,4 +1,4 @@
-"""Find a needle far back: a model trained at length does, and one that was trained on short sequences does not.
+"""Find a needle far back: does a model that was trained at length, and one that was trained on short sequences?
 
     python examples/needle.py                            # needle.json and needle.svg
     torchrun --nproc-per-node 2 examples/needle.py       # every sequence cut over two ranks; the same numbers

@@ -14,11 +14,11 @@ import statistics
 import sys
 
 import torch
-import torch.distributed as dist
 
 import lss
 from lss.bench.candidates import Inputs, our_candidates
 from lss.bench.graphs import captured
+from lss.bench.timing import Clock
 from lss.comm import cp_communicator
 from lss.kernels import pick_kernel, single_attention
 
@@ -26,25 +26,25 @@ N, K, H = 32, 8, 128
 REPEAT = 20
 
 
-def timed(run) -> float:
-    """Median milliseconds of the slowest rank."""
-    times = []
-    for _ in range(REPEAT):
-        dist.barrier()
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        took = torch.tensor(start.elapsed_time(end), device="cuda")
-        dist.all_reduce(took, op=dist.ReduceOp.MAX)
-        times.append(float(took))
-    return statistics.median(times)
+def clock_of(mesh) -> Clock:
+    """The clock of all ranks of the mesh, each on its GPU."""
+    return Clock(cp_communicator(mesh), torch.device("cuda", torch.cuda.current_device()))
+
+
+def slowest(clock: Clock, step) -> float:
+    """Milliseconds of a step that all ranks begin together, the slowest rank's."""
+    clock.barrier()
+    return clock.largest([clock.time(step)[0]])[0]
+
+
+def timed(clock: Clock, step) -> float:
+    """The median of several."""
+    return statistics.median(slowest(clock, step) for _ in range(REPEAT))
 
 
 def measure(mesh, tokens: int) -> list[dict]:
     """Rows of one length: one device and LSS, each both ways."""
+    clock = clock_of(mesh)
     generator = torch.Generator(device="cuda").manual_seed(0)
     like = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
     whole = [torch.randn(1, tokens, heads, H, **like) for heads in (N, K, K, N)]
@@ -63,7 +63,7 @@ def measure(mesh, tokens: int) -> list[dict]:
     for name, step in steps.items():
         torch.use_deterministic_algorithms("deterministic" in name)
         expected = [x.clone() for x in step()]
-        eager = timed(step)
+        eager = timed(clock, step)
         row = {"bench": "graphs", "strategy": name, "tokens": tokens, "heads": f"{N}/{K}x{H}", "dtype": "bfloat16",
                "kernel": pick_kernel("auto", whole[0]).name, "world_size": mesh.size(),
                "gpu": torch.cuda.get_device_name(), "ms": round(eager, 3)}  # fmt: skip
@@ -73,7 +73,8 @@ def measure(mesh, tokens: int) -> list[dict]:
                 results = replay()
             pairs = zip(results, expected, strict=True)
             worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
-            row |= {"graph_ms": round(timed(replay), 3), "graph_error": worst, "status": "ok" if worst < 5e-3 else "failed"}
+            status = "ok" if worst < 5e-3 else "failed"
+            row |= {"graph_ms": round(timed(clock, replay), 3), "graph_error": worst, "status": status}
         except RuntimeError as error:
             row |= {"graph_ms": None, "status": f"failed: {str(error).splitlines()[0][:150]}"}
         rows.append(row)

@@ -14,7 +14,7 @@ import statistics
 import sys
 
 import torch
-import torch.distributed as dist
+from graphs import clock_of, slowest
 
 import lss
 from lss.bench.candidates import Inputs, our_candidates
@@ -28,22 +28,10 @@ ROUNDS = 20
 LOCAL = "without communication"
 
 
-def medians(steps: dict) -> dict[str, float]:
-    """Milliseconds of each step, the slowest rank's."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            dist.barrier()
-            torch.cuda.synchronize()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            took = torch.tensor(start.elapsed_time(end), device="cuda")
-            dist.all_reduce(took, op=dist.ReduceOp.MAX)
-            times[name].append(float(took))
-    return {name: round(statistics.median(values), 3) for name, values in times.items()}
+def medians(clock, steps: dict) -> dict[str, float]:
+    """Milliseconds of each step, the slowest rank's; all take turns."""
+    rounds = [{name: slowest(clock, step) for name, step in steps.items()} for _ in range(ROUNDS)]
+    return {name: round(statistics.median(times[name] for times in rounds), 3) for name in steps}
 
 
 def steps_of(mesh, tokens: int) -> dict:
@@ -78,12 +66,13 @@ def main() -> None:
     parser.add_argument("--out")
     options = parser.parse_args()
     mesh = lss.init_mesh(cp=lss.world_size())
+    clock = clock_of(mesh)
     for tokens in map(int, options.lengths.split(",")):
         steps = steps_of(mesh, tokens)
         for step in steps.values():
             step()
-        calls = medians(steps)
-        graphs = medians({name: captured(step) for name, step in steps.items()})
+        calls = medians(clock, steps)
+        graphs = medians(clock, {name: captured(step) for name, step in steps.items()})
         for name in steps if mesh.get_rank() == 0 else ():
             row = {"bench": "short copies", "strategy": name, "tokens": tokens, "heads": f"{N}/{K}x{H}", "dtype": "bfloat16",
                    "world_size": mesh.size(), "gpu": torch.cuda.get_device_name(), "ms": calls[name],

@@ -15,8 +15,7 @@ import sys
 import traceback
 
 import torch
-import torch.distributed as dist
-from graphs import differentiated
+from graphs import clock_of, differentiated, slowest
 
 import lss
 from lss.bench.candidates import Inputs, our_candidates
@@ -58,20 +57,6 @@ class Setting:
         return self._signals is not None
 
 
-def timed(step) -> float:
-    """Milliseconds of the slowest rank."""
-    dist.barrier()
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    took = torch.tensor(start.elapsed_time(end), device="cuda")
-    dist.all_reduce(took, op=dist.ReduceOp.MAX)
-    return float(took)
-
-
 def steps_of(mesh, tokens: int, setting: Setting):
     """name: (its state, its step) for everything that is measured at one length."""
     generator = torch.Generator(device="cuda").manual_seed(0)
@@ -99,7 +84,7 @@ def steps_of(mesh, tokens: int, setting: Setting):
 
 def measure(mesh, tokens: int, repeat: int, setting: Setting) -> list[dict]:
     """Rows of one length."""
-    steps, errors, failed = steps_of(mesh, tokens, setting), {}, {}
+    steps, errors, failed, clock = steps_of(mesh, tokens, setting), {}, {}, clock_of(mesh)
     expected = None
     for name, (state, step) in steps.items():
         setting.apply(*state)
@@ -119,7 +104,7 @@ def measure(mesh, tokens: int, repeat: int, setting: Setting) -> list[dict]:
     for _ in range(repeat):
         for name in times:
             setting.apply(*steps[name][0])
-            times[name].append(timed(steps[name][1]))
+            times[name].append(slowest(clock, steps[name][1]))
     rows = []
     for name in steps:
         row = {"bench": "transfers", "strategy": name, "tokens": tokens, "heads": f"{N}/{K}x{H}", "dtype": "bfloat16",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lss.cli.bench_options import add_bench
-from lss.cli.use_options import add_eval, add_generate
+from lss.cli.use_options import add_eval, add_generate, rank_arguments
 from lss.config import LARGEST, show
 from lss.config.errors import Failed, FailedElsewhere, Refused, SaidElsewhere, Stopped, refuse
 from lss.train.signals import Signals, is_first_rank
@@ -145,9 +145,7 @@ def _add_plan(verbs: Any) -> None:
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value",
                         help="a config file and overrides such as optim.lr=1e-3")  # fmt: skip
-    parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
-    parser.add_argument("--rendezvous-timeout", type=float, default=60.0, metavar="SECONDS",
-                        help="how long ranks wait for one another at the start (default 60)")  # fmt: skip
+    rank_arguments(parser)
 
 
 def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

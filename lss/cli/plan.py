@@ -30,8 +30,6 @@ def plan(options: argparse.Namespace) -> int:
     from lss.planner.remedies import remedies, size
 
     hardware = find_hardware(options.gpu)
-    if config.model.kind == "encoder_decoder":
-        raise refuse("model.kind", '"encoder_decoder"', 'no time is known of its two attentions; use "decoder" or "encoder"')
     found = make_plan(config, hardware)
     parallel = config.parallel
     print(f"{config.name} on {found.ranks:,} x {hardware.name}: cp={parallel.cp}, dp={parallel.dp}, {parallel.strategy}, "
@@ -52,6 +50,26 @@ def plan(options: argparse.Namespace) -> int:
     return 0 if found.fits else 1
 
 
+def plannable(path: str | None, overrides: list[str]) -> Config:
+    """The config as it is read.
+
+    Raises:
+        Refused: by its own checks, or a model that is not planned.
+    """
+    config = load_config(path, overrides)
+    if config.model.hf:
+        raise refuse("model.hf", config.model.hf, "models of transformers are not planned; give its shape in [model]")
+    if config.model.kind == "encoder_decoder":
+        raise refuse("model.kind", '"encoder_decoder"', 'no time is known of its two attentions; use "decoder" or "encoder"')
+    return config
+
+
+def devices(config: Config, options: argparse.Namespace) -> int:
+    """How many are planned for: as many as are asked for, or as the config needs."""
+    cp = config.parallel.cp
+    return options.gpus or config.parallel.dp * (cp if isinstance(cp, int) else 1)
+
+
 def planned(options: argparse.Namespace) -> Config:
     """The config for so many devices: dp is what cp leaves of them, and the batch has a sequence for each dp rank at least.
 
@@ -59,12 +77,8 @@ def planned(options: argparse.Namespace) -> Config:
         Refused: by the config's own checks, or a number of devices that cp does not divide.
     """
     path, overrides = split_config(options.config)
-    config, ranks = load_config(path, overrides), options.gpus
-    if config.model.hf:
-        raise refuse("model.hf", config.model.hf, "models of transformers are not planned; give its shape in [model]")
-    if ranks is None:
-        cp = config.parallel.cp
-        ranks = config.parallel.dp * (cp if isinstance(cp, int) else 1)
+    config = plannable(path, overrides)
+    ranks = devices(config, options)
     given = {override.split("=", 1)[0] for override in overrides}
     cp = config.parallel.cp
     if "parallel.dp" not in given and isinstance(cp, int):

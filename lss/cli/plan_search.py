@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lss.cli.main import split_config
+from lss.cli.plan import devices, plannable
 from lss.config import Config, load_config
 from lss.config.errors import refuse
 
@@ -18,15 +19,10 @@ if TYPE_CHECKING:
 def search(options: argparse.Namespace) -> int:
     """Answer the question by trying plans; 1 where nothing fits."""
     path, overrides = split_config(options.config)
-    config = load_config(path, overrides)
-    if config.model.hf:
-        raise refuse("model.hf", config.model.hf, "models of transformers are not planned; give its shape in [model]")
-    if config.model.kind == "encoder_decoder":
-        raise refuse("model.kind", '"encoder_decoder"', 'no time is known of its two attentions; use "decoder" or "encoder"')
+    config = plannable(path, overrides)
     if options.fewest and options.gpus is not None:
         raise refuse("--gpus", options.gpus, "how many is what --fewest looks for; leave it out")
-    cp, dp = config.parallel.cp, config.parallel.dp
-    ranks = options.gpus or dp * (cp if isinstance(cp, int) else 1)
+    ranks = devices(config, options)
 
     from rich.console import Console
 

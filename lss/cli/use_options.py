@@ -28,6 +28,11 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="CKPT_OR_HF",
                         help="a run, one of its checkpoints, or a Hugging Face model: a folder or OWNER/NAME")  # fmt: skip
     parser.add_argument("config", nargs="*", metavar="key=value", help="settings such as data.path=book.txt")
+    rank_arguments(parser)
+
+
+def rank_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that runs on ranks which meet."""
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
     parser.add_argument("--rendezvous-timeout", type=float, default=60.0, metavar="SECONDS",
                         help="how long ranks wait for one another at the start (default 60)")  # fmt: skip

@@ -77,7 +77,7 @@ class Cell:
         comm, device, dtype = clock.comm, clock.device, DTYPES[plan.dtype]
         like = torch.empty(1, 1, 1, 1, dtype=dtype, device=device).expand(plan.batch, tokens, heads.N, heads.H)
         yardsticks = one_device_candidates(plan.kernels, like, plan.yardsticks)
-        # NCCL's collectives may hang inside a capture, and some did: of graphs there are ours and one device's only
+        # NCCL's calls may hang inside a capture, and a ring's did: of graphs there are ours and one device's only
         strategies = [name for name in plan.strategies if name.startswith("lss") or not graph]
         cut = our_candidates(strategies, plan.kernels, plan.orders, plan.options, like, comm)
         cut += [] if graph else rivals

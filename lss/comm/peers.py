@@ -195,8 +195,8 @@ class CudaPeerMemory(PeerMemory):
         self, name: str, places: list[torch.Tensor], sources: list[torch.Tensor], abroad: int,
         cleared: torch.Tensor | None = None,
     ) -> Any:  # fmt: skip
-        # The same steps. What is short is issued sooner than it travels: each call on the host counts, and here streams
-        # are looked up once and all copies are one launch.
+        """As of the CPU's; where copies are short, streams are looked up once and all copies are one launch."""
+        # what is short travels sooner than it is issued: each call on the host counts
         nbytes = sum(source.numel() for source in sources[:abroad]) * (sources[0].element_size() if sources else 0)
         if self.pause is not None or self._signals is None or nbytes > SHORT_COPY:
             return super().exchange(name, places, sources, abroad, cleared)

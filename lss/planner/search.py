@@ -120,12 +120,11 @@ class Search:
     # -- candidates ----------------------------------------------------------------------------------------------------
 
     def _cps(self, ranks: int) -> list[int]:
-        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        config, divisors = self._build((), 0), [n for n in range(1, ranks + 1) if ranks % n == 0]
         for key, kept in (("parallel.cp", "cp"), ("parallel.dp", "dp")):
             if key in self._fixed:
-                given = getattr(self._build((), 0).parallel, kept)
+                given = getattr(config.parallel, kept)
                 divisors = [n for n in divisors if given in ("auto", n if kept == "cp" else ranks // n)]
-        config = self._build((), 0)
         if "train.batch_size" in self._fixed:
             divisors = [n for n in divisors if config.train.batch_size % (ranks // n) == 0]
         divisors = [n for n in divisors if config.data.seq_len // n >= LEAST_SEGMENT and n <= MOST_SHARING] or divisors[:1]

@@ -19,6 +19,8 @@ from lss.config.errors import refuse
 # What a tile's widest tensor may take at most. Larger tiles add up weight gradients less often, which is their whole cost.
 LOGITS_BYTES = 1 << 30
 HIDDEN_BYTES = 1 << 29
+# What stands before attention is computed once more in tiles than whole, so it is cut later.
+PROJECTED_BYTES = 1 << 31
 # And at most this part of a GPU's memory; on a CPU this much, beside which its caches are small anyhow.
 PART_OF_GPU = 64
 CPU_BYTES = 1 << 26
@@ -159,18 +161,18 @@ def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None
 
 # -- between attentions ----------------------------------------------------------------------------------------------------
 
-# (a tile of each tensor, which tokens they are) -> (B, t, ...)
-Piece = Callable[..., torch.Tensor]
+# (a tile of each tensor, which tokens they are) -> (B, t, ...), or several of these
+Piece = Callable[..., Any]
 
 
 def recomputed(
     piece: Piece, tensors: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], size: int | None
-) -> torch.Tensor:
+) -> Any:
     """piece(*tensors, slice(None)), computed again in backward, and both times `size` tokens at a time.
 
     Args:
-        piece: (tiles of the tensors, the slice of tokens that they are) -> (B, t, ...); each token's result depends on
-            that token only.
+        piece: (tiles of the tensors, the slice of tokens that they are) -> (B, t, ...), or a tuple of these; each token's
+            results depend on that token only.
         tensors: (B, T, ...) each; kept for backward, and all that is kept.
         parameters: those that the piece uses. Their gradients are added up over tiles in float32 at least.
         size: tokens of a tile; None takes all at once, for pieces that mix tokens or change their number.
@@ -188,16 +190,24 @@ def _tiles(length: int, size: int | None) -> Iterator[slice]:
         yield slice(at, min(at + size, length))
 
 
-def _in_tiles(piece: Piece, tensors: Sequence[torch.Tensor], size: int | None) -> torch.Tensor:
-    first, *others = _tiles(tensors[0].shape[1], size)
-    part = piece(*(x[:, first] for x in tensors), first)
+def _in_tiles(piece: Piece, tensors: Sequence[torch.Tensor], size: int | None) -> Any:
+    length = tensors[0].shape[1]
+    first, *others = _tiles(length, size)
+    found = piece(*(x[:, first] for x in tensors), first)
     if not others:
-        return part
-    out = part.new_empty(part.shape[0], tensors[0].shape[1], *part.shape[2:])
-    out[:, first] = part
-    for tokens in others:
-        out[:, tokens] = piece(*(x[:, tokens] for x in tensors), tokens)
-    return out
+        return found
+    parts = _several(found)
+    outs = tuple(part.new_empty(part.shape[0], length, *part.shape[2:]) for part in parts)
+    for tokens in (first, *others):
+        if tokens is not first:
+            parts = _several(piece(*(x[:, tokens] for x in tensors), tokens))
+        for out, part in zip(outs, parts, strict=True):
+            out[:, tokens] = part
+    return outs if isinstance(found, tuple) else outs[0]
+
+
+def _several(found: Any) -> tuple[torch.Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -214,7 +224,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx, *douts):
         tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
         by_tensor = needs[: len(tensors)]
@@ -225,9 +235,10 @@ class _Recomputed(torch.autograd.Function):
         for tokens in tiles:
             parts = [x[:, tokens].detach().requires_grad_(need) for x, need in zip(tensors, by_tensor, strict=True)]
             with torch.enable_grad(), ctx.autocast():
-                out = ctx.piece(*parts, tokens)
+                outs = _several(ctx.piece(*parts, tokens))
             wanted = [x for x in parts if x.requires_grad]
-            found = iter(torch.autograd.grad(out, (*wanted, *parameters), dout[:, tokens], allow_unused=True))
+            given = [dout[:, tokens] for dout in douts]
+            found = iter(torch.autograd.grad(outs, (*wanted, *parameters), given, allow_unused=True))
             for number, need in enumerate(by_tensor):
                 if need:
                     whole[number] = _placed(whole[number], next(found), tensors[number], tokens, len(tiles))

@@ -155,3 +155,24 @@ def test_limits_are_shares_of_what_is_free():
     free = free_memory()
     assert 1 << 20 < free < 1 << 50
     assert 0.5 < host_limit("auto", 4) / (free // 8) < 2
+
+
+@pytest.mark.parametrize("early_bytes, groups", [(1 << 30, 2), (0, 1)])
+def test_large_groups_come_back_one_at_a_time(early_bytes, groups):
+    """Of a chain's five groups, how many have tensors on the device at once: one more comes early where they are small."""
+    keeper = host(early_bytes=early_bytes)
+    leaf = torch.randn(64, 3, dtype=torch.float64, requires_grad=True)
+    most, restore = 0, keeper.restore
+
+    def watched(kept):
+        nonlocal most
+        x = restore(kept)
+        alive = [one for ref in keeper._order if (one := ref()) is not None]
+        most = max(most, len({one.group for one in alive if one.back is not None}))
+        return x
+
+    keeper.restore = watched
+    (found,) = torch.autograd.grad(chain(leaf, keeper), leaf)
+    (expected,) = torch.autograd.grad(chain(leaf), leaf)
+    assert torch.equal(found, expected)
+    assert most == groups

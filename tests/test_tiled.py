@@ -129,6 +129,26 @@ def test_recomputed_piece_is_the_piece(size):
     assert max(map(relative, found, expected)) <= 1e-14
 
 
+@pytest.mark.parametrize("size", [None, 1, 5, 23])
+def test_recomputed_piece_of_several_results(size):
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(8, 6).double(), torch.nn.Linear(8, 4).double()
+    x = torch.randn(2, T, 8, dtype=torch.float64, requires_grad=True)
+    scale = torch.arange(T, dtype=torch.float64)[:, None]
+    wanted = [x, *first.parameters(), *second.parameters()]
+
+    def piece(x, tokens):
+        return first(x), second(x).unflatten(-1, (2, 2)) * scale[tokens][..., None]
+
+    def total(results):
+        a, b = results
+        return a.square().sum() + b.sin().sum()
+
+    expected = torch.autograd.grad(total(piece(x, slice(None))), wanted)
+    found = torch.autograd.grad(total(recomputed(piece, (x,), wanted[1:], size)), wanted)
+    assert max(map(relative, found, expected)) <= 1e-14
+
+
 def test_tile_sizes():
     assert tile_size(7, 100, 1, 1) == 7
     assert tile_size("auto", 100, 8, 1 << 20) == 100

@@ -131,6 +131,9 @@ class ModelConfig:
     softcap: float = _key(0.0, float, "bound c of attention scores, c tanh(s / c); 0: none", low=0)
     sinks: bool = _key(False, bool, "a learned logit a head that takes part in the softmax only")
     attention_dropout: float = _key(0.0, float, "rate of dropout of attention's probabilities", low=0, high=0.99)
+    residual: str = _key("weights", str, "dtype of the stream that blocks add to: weights: that of the weights; compute: "
+                         "that of train.dtype, which halves what a block keeps and rounds every sum",
+                         choices=("weights", "compute"))  # fmt: skip
     rope_theta: float = _shape("rope_theta", float, "base of the rotary frequencies", low=1)
     hf: str = _key("", str, "model of Hugging Face transformers, a folder or OWNER/NAME on the Hub, which brings its own "
                    "shape; empty: the reference decoder")  # fmt: skip
@@ -202,8 +205,8 @@ class MemoryConfig:
     optimizer: str = _key("device", str, "where AdamW's moments lie and are updated: host memory holds them and a "
                           "copy of the weights, and gradients and weights travel in every step",
                           choices=("device", "host"))  # fmt: skip
-    tiles: int | str = _key("auto", int, "tokens at a time in the loss and, where it is computed again, in the MLP; auto: "
-                            "a tile's widest tensor takes up to 1 GiB and 0.5 GiB (64 MiB on a CPU)", low=1,
+    tiles: int | str = _key("auto", int, "tokens at a time in the loss and, where they are computed again, in projections "
+                            "and MLP; auto: a tile's widest tensor takes up to 1 GiB and 0.5 GiB (64 MiB on a CPU)", low=1,
                             choices=("auto",))  # fmt: skip
 
 

@@ -49,6 +49,8 @@ STRATEGIES: dict[str, Strategy] = {
 
 # A gather of this many bytes keeps a link busy; smaller head chunks pay latency instead.
 _BYTES_PER_HEAD_CHUNK = 1 << 30
+# What a kernel's backward may hold in float32 beside its gradients before heads are taken in turn.
+_BYTES_OF_KERNEL = 1 << 31
 
 
 @outside_graphs
@@ -103,8 +105,8 @@ def attention(
         dropout_p: probability with which an element of the softmax is dropped; `seed` is then needed, and folds the
             run's seed, the step and the layer. The bit is a hash of (seed, sample, head, i, j): the same for any cut.
         head_chunks: how many groups of key heads are gathered one after another ("lss" and "lss_2d"); "auto" keeps a
-            gather near 1 GiB. More chunks, less memory. Under "lss_2d" a rank's share of the key heads is cut, into
-            single ones at most.
+            gather near 1 GiB, and a kernel's own sums in float32 near 2 GiB. More chunks, less memory.
+            Under "lss_2d" a rank's share of the key heads is cut, into single ones at most.
         token_chunks: for "lss", in how many runs the tokens of every segment are gathered, one after another, so that the
             gathered K and V need not fit. "auto" keeps a gather of one key head near 1 GiB, and is 1 where a rank fetches
             only what its queries see. More than 1 travel by collectives.
@@ -248,7 +250,7 @@ def make_spec(
         work=work,
         transport=options.transport,
         dkv_dtype=options.dkv_dtype,
-        head_chunks=count_head_chunks(options.head_chunks, options.strategy, k, keys.cp, inner),
+        head_chunks=count_head_chunks(options.head_chunks, options.strategy, k, keys.cp, inner, q.shape[2]),
         regather=options.regather,
         inner=inner,
         token_chunks=token_chunks,
@@ -265,13 +267,23 @@ def pick_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
-def count_head_chunks(wanted: int | str, strategy: str, k_BTKH: torch.Tensor, cp: int, inner: int = 1) -> int:
-    """Resolve `head_chunks`: "auto" or a whole number from 1 to K."""
+def count_head_chunks(
+    wanted: int | str, strategy: str, k_BTKH: torch.Tensor, cp: int, inner: int = 1, n_heads: int | None = None
+) -> int:
+    """Resolve `head_chunks`: "auto" or a whole number from 1 to K.
+
+    "auto" keeps the gathered K and V of a chunk near 1 GiB and, where the number N of query heads is told, what fused
+    kernels sum in half precision's backward (dQ in float32, and dK and dV where several query heads share a key head)
+    near 2 GiB.
+    """
     B, T, K, H = k_BTKH.shape
     gathers = strategy in ("lss", "lss_2d")
     if wanted == "auto":
-        gathered = 2 * B * T * cp * -(-K // inner) * H * k_BTKH.element_size()
-        return min(K, max(1, gathered // _BYTES_PER_HEAD_CHUNK)) if gathers and cp > inner else 1
+        gathered = 2 * B * T * cp * -(-K // inner) * H * k_BTKH.element_size() if cp > inner else 0
+        shared = 0 if n_heads in (None, K) else 2 * cp * K
+        summed = 4 * B * T * H * ((n_heads or 0) + shared) // inner if k_BTKH.element_size() == 2 else 0
+        wanted_most = max(gathered // _BYTES_PER_HEAD_CHUNK, summed // _BYTES_OF_KERNEL)
+        return min(K, max(1, wanted_most)) if gathers else 1
     if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= K:
         raise refuse("head_chunks", wanted, f"there are {K} key heads; use 'auto' or 1 to {K}")
     if not gathers and wanted != 1:

@@ -21,7 +21,7 @@ from lss.comm import Pending
 from lss.comm.collectives import KV
 from lss.comm.transport import Transport, make_transport
 from lss.context_parallel.chunked import chunked_attention
-from lss.context_parallel.spec import AttentionSpec
+from lss.context_parallel.spec import AttentionSpec, is_spendable
 from lss.kernels.blocks import Ready, add_sinks_, sinks_gradient
 from lss.kernels.merge import empty_lse
 
@@ -115,23 +115,50 @@ class _LSSAttention(torch.autograd.Function):
         groups, transport = spec.head_groups(q.shape[2], k.shape[2]), ctx.transport
         # what several calls add to is kept in float32
         summed = spec.work.schedule(transport.runs, q.shape[1], transport.length).dq_summed
-        dq = torch.empty_like(q, dtype=lse.dtype if summed else q.dtype)
+        dq = _QueryGradient(q, lse.dtype if summed else q.dtype, len(groups))
         there = ((keys, values, None) for keys, values in zip(kept[::2], kept[1::2], strict=True))
         fetched = there if kept else _fetched(k, v, groups, transport)
         home = _Home(k, len(groups))
         for (q_heads, k_heads), (keys, values, ready) in zip(groups, fetched, strict=True):
             rooms = transport.new_dkv(keys)
-            douts, queries, outs, dqs = (_heads(x, q_heads, groups) for x in (dout, q, out, dq))
+            douts, queries, outs = (_heads(x, q_heads, groups) for x in (dout, q, out))
+            dqs = dq.room(q_heads)
             work, ((dks, dvs), *more) = spec.work.of_heads(q_heads), [transport.split(room) for room in rooms]
             given = douts, queries, keys, values, outs, lse[:, q_heads]
             how = {"ready": ready, "together": transport.together(keys), "done": partial(transport.leave, rooms)}
             work.backward(dqs, dks, dvs, *given, transport.runs, more=more, **how)
+            dq.fill(q_heads, dqs)
             if not kept:
                 transport.release()
             home.arrive()  # the last chunk's scatter has had this chunk's time
             home.expect(k_heads, transport.scatter(rooms))
         home.arrive()
-        return dq.to(q.dtype), *home.grads, sinks_gradient(dout, out, lse, sinks), None, None
+        return dq.whole, *home.grads, sinks_gradient(dout, out, lse, sinks), None, None
+
+
+class _QueryGradient:
+    """dQ of all heads, as head chunks compute it: where Q lies, if nobody reads that again, else in a tensor of its own."""
+
+    def __init__(self, q: torch.Tensor, dtype: torch.dtype, chunks: int) -> None:
+        self._dtype, self._chunks = dtype, chunks
+        self._spent = chunks > 1 and is_spendable(q)
+        self._direct = not self._spent and dtype == q.dtype
+        self._like, self.whole = q, q if self._spent else torch.empty_like(q) if self._direct or chunks > 1 else q
+
+    def room(self, heads: slice) -> torch.Tensor:
+        """Where a chunk's dQ is to be written."""
+        if self._direct:
+            return self.whole if self._chunks == 1 else self.whole[:, :, heads]
+        return torch.empty_like(self._like if self._chunks == 1 else self._like[:, :, heads], dtype=self._dtype)
+
+    def fill(self, heads: slice, part: torch.Tensor) -> None:
+        """The chunk is done: its queries have been read, and its dQ written to its room."""
+        if self._direct:
+            return
+        if self._chunks == 1:
+            self.whole = part.to(self._like.dtype)
+        else:
+            self.whole[:, :, heads] = part
 
 
 class _Home:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
 from lss.comm import Communicator
 from lss.kernels import Work
 from lss.segment import Segment
@@ -50,3 +53,22 @@ def head_groups(n_heads: int, n_kv_heads: int, chunks: int) -> list[tuple[slice,
     share = n_heads // n_kv_heads
     edges = [n_kv_heads * i // chunks for i in range(chunks + 1)]
     return [(slice(a * share, b * share), slice(a, b)) for a, b in pairwise(edges)]
+
+
+# by the address of their storage, since autograd hands out another object than a hook returned
+_SPENT: dict[int, StorageWeakRef] = {}
+
+
+def spend(x: torch.Tensor) -> torch.Tensor:
+    """Say of a saved tensor that it was handed out for the last time: who has it may write over it."""
+    for address in [address for address, storage in _SPENT.items() if storage.expired()]:
+        del _SPENT[address]
+    storage = x.untyped_storage()
+    _SPENT[storage._cdata] = StorageWeakRef(storage)
+    return x
+
+
+def is_spendable(x: torch.Tensor) -> bool:
+    """Whether nobody will read this tensor's memory after who has it now."""
+    known = _SPENT.get(x.untyped_storage()._cdata)
+    return known is not None and not known.expired()

@@ -22,6 +22,7 @@ AttentionOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules], torch.
 # (hidden states (B,T,D), weight (V,D), labels (B,T), count or None) -> scalar
 LossOp = Callable[..., torch.Tensor]
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# (inputs, the slice of tokens that they are) -> q, k, v
 Before = Callable[..., QKV]
 Rotation = tuple[torch.Tensor, torch.Tensor] | None
 # places in a layer that draw dropout, so that no two share their numbers
@@ -52,15 +53,23 @@ class Pieces:
         """The function that computes what this one does."""
         return function
 
-    def attended(self, before: Before, attend: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
-        """attend(*before(*inputs))."""
-        return attend(*before(*inputs))
+    def attended(
+        self, before: Before, parameters: Sequence[torch.Tensor], attend: Callable[..., torch.Tensor], *inputs: Any
+    ) -> torch.Tensor:
+        """attend(*before(*inputs, slice(None))), of which `before` uses these parameters."""
+        return attend(*before(*inputs, slice(None)))
 
     def after(
         self, piece: Callable[..., torch.Tensor], parameters: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor
     ) -> torch.Tensor:
         """piece(x, a, slice(None)), which uses these parameters: what follows an attention whose output is `a`."""
         return piece(x, a, slice(None))
+
+    def alone(
+        self, piece: Callable[..., torch.Tensor], parameters: Sequence[torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """piece(x, slice(None)), which uses these parameters: what stands behind all blocks."""
+        return piece(x, slice(None))
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.sinks = nn.Parameter(torch.zeros(config.n_heads)) if config.sinks else None
 
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """What makes queries, keys and values."""
+        return self.q_proj, self.k_proj, self.v_proj
+
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: Shared) -> torch.Tensor:
         """The attention itself, (B,T,N,H), by the rules of this layer; `queries_keys_values` gives its inputs."""
         attend, rules = (shared.ops.cross_attention, shared.cross_rules) if self.cross else (shared.attend, shared.rules)
@@ -177,9 +191,15 @@ class Block(nn.Module):
 
     def _attended(self, attention: Attention, norm: nn.Module, shared: Shared, of_keys, *inputs) -> torch.Tensor:
         pieces = shared.ops.pieces
-        project = pieces.compiled(queries_keys_values)
-        before = partial(project, norm, attention, shared.ops.enter, shared.rotation, of_keys)
-        return pieces.attended(before, partial(attention, shared=shared), *inputs)
+        project, modules = pieces.compiled(queries_keys_values), (norm, *attention.projections)
+
+        def before(*given: Any) -> QKV:
+            *xs, tokens = given
+            rotations = (None if r is None else (r[0][tokens], r[1][tokens]) for r in (shared.rotation, of_keys))
+            return project(norm, attention, shared.ops.enter, *rotations, *xs)
+
+        parameters = [p for module in modules for p in module.parameters()]
+        return pieces.attended(before, parameters, partial(attention, shared=shared), *inputs)
 
     def _after(self, attention: Attention, place: int, shared: Shared, x_BTD, a_BTNH, *mlp: nn.Module) -> torch.Tensor:
         """What follows an attention: its residual and, where given, norm and MLP."""
@@ -208,7 +228,7 @@ def queries_keys_values(
     memory_BSD: torch.Tensor | None = None,
 ) -> QKV:
     """norm, projections (of keys and values from `memory` where given), rotary positions: what stands before attention."""
-    x_BTD = norm(x_BTD)
+    x_BTD = normed(norm, x_BTD)
     x_BTD = x_BTD if enter is None else enter(x_BTD)
     source = x_BTD if memory_BSD is None else memory_BSD
     # the number of heads comes from the weights, which tensor parallelism cuts
@@ -240,13 +260,14 @@ def after_attention(
     if not norm_and_mlp:
         return x_BTD
     norm, mlp = norm_and_mlp
-    hidden = norm(x_BTD)
+    hidden = normed(norm, x_BTD)
     return added(x_BTD, mlp(hidden if enter is None else enter(hidden)), 1)
 
 
 def normed(norm: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
-    """norm(x): what stands after the last block."""
-    return norm(x_BTD)
+    """norm(x), in the dtype of the norm's weights, returned in x's: before attention, MLP and logits."""
+    dtype = next(norm.parameters()).dtype
+    return norm(x_BTD) if x_BTD.dtype == dtype else norm(x_BTD.to(dtype)).to(x_BTD.dtype)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

@@ -22,7 +22,7 @@ from lss.kernels import MaskMod, Rules, keep_rows, single_attention
 from lss.kernels.dropout import fold, keyed_dropout
 from lss.model.layers import EMBEDDING, AttentionOp, Block, ModelOps, Shared, alibi_slopes, make_norm, normed, rope
 from lss.segment import make_segment
-from lss.tiled import ambient_autocast
+from lss.tiled import ambient_autocast, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ class Transformer(nn.Module):
             shared = replace(shared, source_rotation=rope(source_positions, self.config, shared.rotation[0].dtype))
         x_BTD = self._embed(input_ids, self.position_table, positions, shared, layer=0)
         x_BTD = self._run(self.blocks, x_BTD, replace(shared, cross_rules=cross_rules), memory)
-        x_BTD = ops.pieces.compiled(normed)(self.final_norm, x_BTD)
+        last = ops.pieces.compiled(normed)
+        x_BTD = ops.pieces.alone(lambda x, _: last(self.final_norm, x), tuple(self.final_norm.parameters()), x_BTD)
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         loss = None if shift_labels is None else ops.loss(x_BTD, weight, shift_labels, num_items_in_batch)
         return ModelOutput(loss, x_BTD, weight, ambient_autocast(x_BTD.device.type), weight._version)
@@ -244,6 +245,8 @@ class Transformer(nn.Module):
         if table is not None:
             rows = shared.ops.position_rows if table is self.position_table else ModelOps().position_rows
             x_BTD = x_BTD + rows(table.weight, positions)
+        if self.config.residual == "compute":
+            x_BTD = x_BTD.to(compute_dtype(x_BTD))
         return x_BTD if shared.drop is None else shared.drop(x_BTD, layer, EMBEDDING, slice(None))
 
     def _encode(self, ids, places, rules: Rules, seed: int, ops: ModelOps) -> torch.Tensor:
@@ -257,7 +260,7 @@ class Transformer(nn.Module):
         if table is not None:
             positions = positions.clamp(max=len(table.weight) - 1)  # padding's rows reach nobody
         x_BTD = self._embed(ids, table, positions, shared, layer=len(self.blocks))
-        return self.source_norm(self._run(self.source_blocks, x_BTD, shared, None))
+        return normed(self.source_norm, self._run(self.source_blocks, x_BTD, shared, None))
 
     @staticmethod
     def _run(blocks: Any, x_BTD: torch.Tensor, shared: Shared, memory: torch.Tensor | None) -> torch.Tensor:

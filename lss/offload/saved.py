@@ -14,6 +14,9 @@ from lss.offload.host import Slot, Tier
 
 # Smaller tensors stay: a copy costs a launch, and there is little to win.
 LEAST_BYTES = 1 << 20
+# A layer that is larger comes back only when the one after it is done with: its copy takes longer than most things would
+# wait for it, but what is computed last of a layer of that size, its projections, takes longer still.
+EARLY_BYTES = 1 << 31
 
 
 class Kept:
@@ -22,6 +25,7 @@ class Kept:
     def __init__(self, slot: Slot, like: torch.Tensor, group: int) -> None:
         self.slot: Slot | None = slot
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
+        self.nbytes = like.numel() * like.element_size()
         self.group, self.uses = group, 1
         self.back: torch.Tensor | None = None
         self.waiting = False
@@ -68,13 +72,17 @@ class Offloader:
     Args:
         tiers: tried in order for each tensor.
         least_bytes: smaller tensors stay on the device.
+        early_bytes: groups of more are set on their way at the last use of the group saved after them, smaller ones at its
+            first, so that no two large ones are on the device together but for a moment.
 
     Attributes:
         tally: bytes of the last forward pass.
     """
 
-    def __init__(self, tiers: Sequence[Tier], least_bytes: int = LEAST_BYTES) -> None:
-        self.tiers, self.least_bytes, self.tally = tiers, least_bytes, Tally()
+    def __init__(
+        self, tiers: Sequence[Tier], least_bytes: int = LEAST_BYTES, early_bytes: int = EARLY_BYTES
+    ) -> None:
+        self.tiers, self.least_bytes, self.early_bytes, self.tally = tiers, least_bytes, early_bytes, Tally()
         self._order: list[weakref.ref[Kept]] = []  # as saved; backward asks from the end
         self._known: dict[tuple, tuple[StorageWeakRef, weakref.ref[Kept]]] = {}
         self._group = 0
@@ -125,11 +133,13 @@ class Offloader:
         kept.begin()
         alive = [k for ref in self._order if (k := ref()) is not None and k.slot is not None]
         before = max((k.group for k in alive if k.group < kept.group), default=kept.group)
-        for other in reversed(alive):
-            if before <= other.group <= kept.group:
-                other.begin()
+        early = sum(k.nbytes for k in alive if k.group == before) <= self.early_bytes
+        _begin(alive, before if early else kept.group, kept.group)
         x = kept.hand_out()
-        self._order = [weakref.ref(k) for k in alive if k.slot is not None]
+        alive = [k for k in alive if k.slot is not None]
+        if not early and all(k.group != kept.group for k in alive):
+            _begin(alive, before, before)
+        self._order = [weakref.ref(k) for k in alive]
         if not self._order:
             self._known.clear()
         return x
@@ -141,3 +151,10 @@ class Offloader:
             self.tally.away += nbytes
         else:
             self.tally.here += nbytes
+
+
+def _begin(kept: Sequence[Kept], first: int, last: int) -> None:
+    """Set on their way, the last saved first, those of these groups."""
+    for one in reversed(kept):
+        if first <= one.group <= last:
+            one.begin()

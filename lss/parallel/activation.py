@@ -20,16 +20,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lss.config.errors import refuse
+from lss.context_parallel.spec import spend
 from lss.model.layers import Before, Pieces
 from lss.offload import Kept, Offloader
 from lss.tiled import (
     HIDDEN_BYTES,
+    PROJECTED_BYTES,
     Piece,
     SoftmaxTile,
     check_tiles,
@@ -50,8 +53,8 @@ def make_pieces(
 
     Args:
         checkpointing: of `CHOICES`; None is "none".
-        tiles: tokens at a time in the pieces after attention, where they are computed again; or "auto".
-        width: elements that a token has in the widest tensor there; None where a piece needs all tokens at once.
+        tiles: tokens at a time in the pieces before and after attention, where they are computed again; or "auto".
+        width: elements that a token has in the widest tensor after it; None where a piece needs all tokens at once.
         compiling: pieces are compiled by torch.compile.
         offloader: where what is kept goes; None keeps it on the device.
 
@@ -90,28 +93,60 @@ class _Recomputing(Pieces):
         self._full, self._tiles, self._width, self.offloader = full, tiles, width, offloader
         self.compiled = plain.compiled
 
-    def attended(self, before: Before, attend: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    def attended(
+        self, before: Before, parameters: Sequence[torch.Tensor], attend: Callable[..., torch.Tensor],
+        *inputs: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        # in tiles the pieces before are computed once more, for their gradients; whole, one computation serves both
+        x, *others = inputs
+        size = None if others else self._narrow(x)
+        if size is None or size >= x.shape[1]:
+            project = partial(_whole, before)
+        else:
+            project = partial(_in_parts, before, parameters, size)
         if not torch.is_grad_enabled():
-            return attend(*before(*inputs))
+            return attend(*project(*inputs))
         if self.offloader is not None:
             self.offloader.next_group()
         with _kept(self.offloader):
             if self._full:
-                (out,) = _checkpoint(lambda *xs: _Remembered.apply(attend(*before(*xs))), *inputs)
+                (out,) = _checkpoint(lambda *xs: _Remembered.apply(attend(*project(*xs))), *inputs)
                 return out
-            qkv = _checkpoint(lambda *xs: _Remembered.apply(*before(*xs)), *inputs)
+            qkv = _checkpoint(lambda *xs: _Remembered.apply(*project(*xs)), *inputs)
         with _dropped(qkv, self.offloader):
             return attend(*qkv)
 
     def after(self, piece: Piece, parameters: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         with _dropped((a,) if self._full and torch.is_grad_enabled() else (), self.offloader):
-            return recomputed(piece, (x, a), parameters, self._size(x))
+            return recomputed(piece, (x, a), parameters, self._size(x, self._width, compute_dtype(x), HIDDEN_BYTES))
 
-    def _size(self, x_BTD: torch.Tensor) -> int | None:
-        if self._width is None:
+    def alone(self, piece: Piece, parameters: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        size = self._narrow(x)
+        # whole, what autograd keeps of it is not worth computing it again
+        if size is None or size >= x.shape[1]:
+            return piece(x, slice(None))
+        return recomputed(piece, (x,), parameters, size)
+
+    def _narrow(self, x_BTD: torch.Tensor) -> int | None:
+        # a norm is computed in float32 at least
+        return self._size(x_BTD, x_BTD.shape[-1], torch.promote_types(x_BTD.dtype, torch.float32), PROJECTED_BYTES)
+
+    def _size(self, x_BTD: torch.Tensor, width: int | None, dtype: torch.dtype, most: int) -> int | None:
+        """Tokens of a tile whose widest tensor is this wide; None where a piece needs all tokens at once."""
+        if self._width is None or width is None:
             return None
-        bytes_per_token = x_BTD.shape[0] * self._width * compute_dtype(x_BTD).itemsize
-        return tile_size(self._tiles, x_BTD.shape[1], bytes_per_token, tile_budget(x_BTD.device, HIDDEN_BYTES))
+        bytes_per_token = x_BTD.shape[0] * width * dtype.itemsize
+        return tile_size(self._tiles, x_BTD.shape[1], bytes_per_token, tile_budget(x_BTD.device, most))
+
+
+def _whole(before: Before, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return before(*inputs, slice(None))
+
+
+def _in_parts(
+    before: Before, parameters: Sequence[torch.Tensor], size: int, *inputs: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return recomputed(before, inputs, parameters, size)
 
 
 def softmax_of(pieces: Pieces) -> SoftmaxTile:
@@ -159,7 +194,7 @@ class _Recall:
             self._left = dict(enumerate(self._node.saved_tensors))  # type: ignore[attr-defined]
             self._asked.clear()
         self._asked[number] += 1
-        return self._left.pop(number) if self._asked[number] == self._uses[number] else self._left[number]
+        return spend(self._left.pop(number)) if self._asked[number] == self._uses[number] else self._left[number]
 
 
 def _kept(offloader: Offloader | None) -> AbstractContextManager[None]:

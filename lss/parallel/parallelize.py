@@ -80,7 +80,8 @@ def parallelize(
             whole sequence's `seq_len` (and `source_len`), instead of whole batches. `cu_seqlens` and masks stay whole.
         packed: sequences will come with `cu_seqlens`: a learned position table, whose rows every document reads from the
             first, is then held whole by every rank. A batch with `cu_seqlens` and a table that is cut is refused.
-        tiles: tokens at a time in the loss and, where it is computed again, in the MLP; "auto" bounds the widest tensor.
+        tiles: tokens at a time in the loss and, where they are computed again, in projections and MLP; "auto" bounds
+            the widest tensor.
         compile: what stands between attentions is compiled by torch.compile, once for all layers.
         offload: where what checkpointing keeps goes until backward: None or "none" stays on the device, "host" is pinned
             host memory, "disk" host memory and disk where that is full. What finds no room stays on the device.

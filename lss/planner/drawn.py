@@ -104,7 +104,7 @@ def _chunks(config: Config, rows: int) -> dict[str, int | str]:
     half = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     shape = rows, -(-config.data.seq_len // cp), model.n_kv_heads, model.d_model // model.n_heads
     keys, gathering = torch.empty(shape, dtype=half, device="meta"), cp > 1 and not model.windows
-    return {"head_chunks": count_head_chunks(parallel.head_chunks, "lss", keys, cp),
+    return {"head_chunks": count_head_chunks(parallel.head_chunks, "lss", keys, cp, n_heads=model.n_heads),
             "token_chunks": count_token_chunks(parallel.token_chunks, "lss", keys, cp, gathering)}  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def test_tiny_toml_shows_every_key_and_its_default():
     shown = tomllib.loads(re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE))
     assert shown == Config().to_dict()
     own = {"windows", "softcap", "sinks", "attention_dropout", "lora_rank", "lora_alpha", "lora_targets",
-           "rope_scaling", "rope_factor"}  # fmt: skip  # of no preset
+           "rope_scaling", "rope_factor", "residual"}  # fmt: skip  # of no preset
     assert set(tomllib.loads(text)["model"]) == {"preset", "hf"} | own
     assert load_config(ROOT / "configs" / "tiny.toml", ["model.preset=enwik8"]).model.d_model == 512
 

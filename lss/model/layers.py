@@ -54,14 +54,16 @@ class Pieces:
         return function
 
     def attended(
-        self, before: Before, parameters: Sequence[torch.Tensor], attend: Callable[..., torch.Tensor], *inputs: Any
-    ) -> torch.Tensor:
-        """attend(*before(*inputs, slice(None))), of which `before` uses these parameters."""
+        self, layer: int, before: Before, parameters: Sequence[torch.Tensor], attend: Callable[..., torch.Tensor],
+        *inputs: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """attend(*before(*inputs, slice(None))) in the block of this number; `before` uses these parameters."""
         return attend(*before(*inputs, slice(None)))
 
     def after(
-        self, piece: Callable[..., torch.Tensor], parameters: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor
-    ) -> torch.Tensor:
+        self, layer: int, piece: Callable[..., torch.Tensor], parameters: Sequence[torch.Tensor], x: torch.Tensor,
+        a: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """piece(x, a, slice(None)), which uses these parameters: what follows an attention whose output is `a`."""
         return piece(x, a, slice(None))
 
@@ -199,7 +201,7 @@ class Block(nn.Module):
             return project(norm, attention, shared.ops.enter, *rotations, *xs)
 
         parameters = [p for module in modules for p in module.parameters()]
-        return pieces.attended(before, parameters, partial(attention, shared=shared), *inputs)
+        return pieces.attended(self.layer, before, parameters, partial(attention, shared=shared), *inputs)
 
     def _after(self, attention: Attention, place: int, shared: Shared, x_BTD, a_BTNH, *mlp: nn.Module) -> torch.Tensor:
         """What follows an attention: its residual and, where given, norm and MLP."""
@@ -212,7 +214,8 @@ class Block(nn.Module):
                 drops = tuple(partial(shared.drop, layer=self.layer, place=p, tokens=tokens) for p in (place, MLP_OUT))
             return finish(x, a, modules, drops, enter, leave)
 
-        return pieces.after(piece, [p for module in modules for p in module.parameters()], x_BTD, a_BTNH)
+        parameters = [p for module in modules for p in module.parameters()]
+        return pieces.after(self.layer, piece, parameters, x_BTD, a_BTNH)
 
 
 # -- the pieces: functions of tensors and modules, which know no layer, so that one compilation serves all layers ----------

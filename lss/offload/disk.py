@@ -27,6 +27,7 @@ class DiskTier:
     """
 
     def __init__(self, staging: HostTier, folder: str | Path = "") -> None:
+        self.limit: int | None = None
         self.staging, self.folder = staging, Path(folder or tempfile.gettempdir())
         if not self.folder.is_dir() or not os.access(self.folder, os.W_OK):
             raise refuse("memory.offload_path", self.folder, "not a folder that can be written to; name one on a local disk")

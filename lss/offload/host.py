@@ -37,6 +37,11 @@ class Slot(Protocol):
 class Tier(Protocol):
     """A place with room for so many bytes."""
 
+    @property
+    def limit(self) -> int | None:
+        """Bytes that it may take; None for no bound but the disk's."""
+        ...
+
     def take(self, nbytes: int) -> Slot | None:
         """Room for a tensor of so many bytes; None where there is none left."""
         ...

@@ -77,15 +77,23 @@ class Offloader:
 
     Attributes:
         tally: bytes of the last forward pass.
+        again: blocks of it that compute their attention again, since there is no room for its output.
     """
 
     def __init__(
         self, tiers: Sequence[Tier], least_bytes: int = LEAST_BYTES, early_bytes: int = EARLY_BYTES
     ) -> None:
         self.tiers, self.least_bytes, self.early_bytes, self.tally = tiers, least_bytes, early_bytes, Tally()
+        self.again = 0
         self._order: list[weakref.ref[Kept]] = []  # as saved; backward asks from the end
         self._known: dict[tuple, tuple[StorageWeakRef, weakref.ref[Kept]]] = {}
         self._group = 0
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that all tiers may take together; None where one has no bound of its own."""
+        limits = [tier.limit for tier in self.tiers]
+        return None if None in limits else sum(limit for limit in limits if limit is not None)
 
     @contextmanager
     def keeping(self) -> Iterator[None]:

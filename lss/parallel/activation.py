@@ -20,16 +20,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
+from lss.comm import cp_communicator
+from lss.config import ModelConfig
 from lss.config.errors import refuse
 from lss.context_parallel.spec import spend
 from lss.model.layers import Before, Pieces
-from lss.offload import Kept, Offloader
+from lss.offload import HostTier, Kept, Offloader
 from lss.tiled import (
     HIDDEN_BYTES,
     PROJECTED_BYTES,
@@ -47,8 +51,9 @@ CHOICES = ("none", "full", "attention")
 
 
 def make_pieces(
-    checkpointing: str | None, *, tiles: int | str, width: int | None, compiling: bool, offloader: Offloader | None = None
-) -> Pieces:
+    checkpointing: str | None, *, tiles: int | str, width: int | None, compiling: bool, offloader: Offloader | None = None,
+    stack: Stack | None = None,
+) -> Pieces:  # fmt: skip
     """How a block's pieces are run.
 
     Args:
@@ -57,6 +62,7 @@ def make_pieces(
         width: elements that a token has in the widest tensor after it; None where a piece needs all tokens at once.
         compiling: pieces are compiled by torch.compile.
         offloader: where what is kept goes; None keeps it on the device.
+        stack: what there is to keep, where "attention" is to compute again what the offloader has no room for.
 
     Raises:
         Refused: unknown values, or an offloader where everything is kept.
@@ -69,7 +75,7 @@ def make_pieces(
         return _Compiled() if compiling else Pieces()
     if checkpointing not in CHOICES:
         raise refuse("memory.checkpointing", checkpointing, f"use one of {', '.join(map(repr, CHOICES))}")
-    return _Recomputing(checkpointing == "full", tiles, width, _Compiled() if compiling else Pieces(), offloader)
+    return _Recomputing(checkpointing == "full", tiles, width, _Compiled() if compiling else Pieces(), offloader, stack)
 
 
 class _Compiled(Pieces):
@@ -84,17 +90,64 @@ class _Compiled(Pieces):
         return self._done[function]
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that are alike: how many, and the heads of their one attention."""
+
+    blocks: int
+    n_heads: int
+
+    def outputs_kept(self, x_BTD: torch.Tensor, room: int) -> int:
+        """How many blocks' attention has room for its output and lse where the inputs of all blocks find theirs."""
+        tokens, dtype = x_BTD.shape[0] * x_BTD.shape[1], compute_dtype(x_BTD)
+        lse = tokens * self.n_heads * torch.promote_types(dtype, torch.float32).itemsize
+        left = room - self.blocks * x_BTD.numel() * x_BTD.element_size()
+        return max(0, left // (x_BTD.numel() * dtype.itemsize + lse))
+
+
+def stack_of(config: ModelConfig, strategy: str, regather: bool) -> Stack | None:
+    """The stack of a model of one; None where more is saved of a block than its input, the output and lse."""
+    alike = config.kind != "encoder_decoder" and strategy == "lss" and regather
+    return Stack(config.n_layers, config.n_heads) if alike else None
+
+
+def agree_on_room(offloader: Offloader, mesh: DeviceMesh) -> None:
+    """Lower the room for activations to the least of a cp group's ranks: by it they choose what is computed again."""
+    cp = cp_communicator(mesh)
+    (tier,) = offloader.tiers
+    if cp.size > 1 and isinstance(tier, HostTier):
+        most_lacking = torch.tensor([-tier.limit], dtype=torch.int64, device=mesh.device_type)
+        tier.limit = -int(cp.all_reduce_max(most_lacking, "host memory").wait())
+
+
 class _Recomputing(Pieces):
-    """Pieces under checkpoints; `full`: attention too."""
+    """Pieces under checkpoints; `full`: attention too.
+
+    Where what is kept goes to a bounded room that holds all blocks' inputs but not all attentions' outputs, the blocks
+    behind those that have room compute their attention again: 4.5 in place of 3.5, where a tensor that finds no room would
+    stay on the device. The offloader is told how many do.
+    """
 
     def __init__(
-        self, full: bool, tiles: int | str, width: int | None, plain: Pieces, offloader: Offloader | None
-    ) -> None:
-        self._full, self._tiles, self._width, self.offloader = full, tiles, width, offloader
+        self, full: bool, tiles: int | str, width: int | None, plain: Pieces, offloader: Offloader | None,
+        stack: Stack | None = None,
+    ) -> None:  # fmt: skip
+        self._full, self._tiles, self._width, self.offloader, self._stack = full, tiles, width, offloader, stack
         self.compiled = plain.compiled
 
+    def _all_again(self, layer: int, x_BTD: torch.Tensor) -> bool:
+        """Whether this block computes its attention again; the same on every rank of a cp group."""
+        stack, offloader = self._stack, self.offloader
+        if self._full or stack is None or offloader is None or offloader.room is None:
+            return self._full
+        if x_BTD.numel() * x_BTD.element_size() < offloader.least_bytes:
+            return False
+        kept = min(stack.outputs_kept(x_BTD, offloader.room), stack.blocks)
+        offloader.again = stack.blocks - kept
+        return layer >= kept
+
     def attended(
-        self, before: Before, parameters: Sequence[torch.Tensor], attend: Callable[..., torch.Tensor],
+        self, layer: int, before: Before, parameters: Sequence[torch.Tensor], attend: Callable[..., torch.Tensor],
         *inputs: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         # in tiles the pieces before are computed once more, for their gradients; whole, one computation serves both
@@ -109,15 +162,17 @@ class _Recomputing(Pieces):
         if self.offloader is not None:
             self.offloader.next_group()
         with _kept(self.offloader):
-            if self._full:
+            if self._all_again(layer, x):
                 (out,) = _checkpoint(lambda *xs: _Remembered.apply(attend(*project(*xs))), *inputs)
                 return out
             qkv = _checkpoint(lambda *xs: _Remembered.apply(*project(*xs)), *inputs)
         with _dropped(qkv, self.offloader):
             return attend(*qkv)
 
-    def after(self, piece: Piece, parameters: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        with _dropped((a,) if self._full and torch.is_grad_enabled() else (), self.offloader):
+    def after(
+        self, layer: int, piece: Piece, parameters: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor
+    ) -> torch.Tensor:
+        with _dropped((a,) if torch.is_grad_enabled() and self._all_again(layer, x) else (), self.offloader):
             return recomputed(piece, (x, a), parameters, self._size(x, self._width, compute_dtype(x), HIDDEN_BYTES))
 
     def alone(self, piece: Piece, parameters: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from lss.mesh import moved, ranks_per_node
 from lss.model import ModelOps, Transformer
 from lss.offload import Offloader, make_offloader
 from lss.parallel import tensor_parallel as tp
-from lss.parallel.activation import make_pieces, softmax_of
+from lss.parallel.activation import agree_on_room, make_pieces, softmax_of, stack_of
 from lss.parallel.grad_sync import GradSync, global_grad_norm
 from lss.parallel.hf import lay_out_hf
 from lss.parallel.local import check_reshard
@@ -116,7 +116,10 @@ def parallelize(
     width = None if strategy == "tp" else model.config.d_mlp
     device, local = torch.device(mesh.device_type), ranks_per_node(mesh)
     offloader = make_offloader(offload, device, gib=offload_gib, folder=offload_path, local_ranks=local)
-    pieces = make_pieces(checkpointing, tiles=tiles, width=width, compiling=compile, offloader=offloader)
+    if offloader is not None and offload == "host" and offload_gib == "auto":
+        agree_on_room(offloader, mesh)
+    how = {"tiles": tiles, "width": width, "compiling": compile, "offloader": offloader}
+    pieces = make_pieces(checkpointing, **how, stack=stack_of(model.config, strategy, regather))
     loss = partial(global_linear_cross_entropy, tiles=tiles, softmax=softmax_of(pieces))
     ops = ModelOps(pieces=pieces, loss=loss)
     layout = Layout(model, mesh, order, options, ops, precut, packed, fsdp_reshard if fsdp else None)

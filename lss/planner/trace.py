@@ -35,6 +35,8 @@ from lss.train.optim import STATE_PART, build_optimizer
 from lss.train.steps import accumulate_gradients, parameter_dtype
 
 # operator -> the one whose formula torch has; gradients of the head's weight are added up in place
+# Host memory of a planned run: all that its activations ask for.
+ENOUGH_GIB = 1 << 20
 _PRODUCTS = {op: op for op in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)}
 _PRODUCTS[torch.ops.aten.addmm_] = torch.ops.aten.addmm
 
@@ -92,6 +94,8 @@ def trace_step(
     if config.data.packing:
         raise Refused("data.packing=true: the lengths of documents are not known before they are read; plan with false.")
     config = replace(config, train=replace(config.train, compile=False))
+    if config.memory.offload_gib == "auto":  # this machine's memory is not the planned one's
+        config = replace(config, memory=replace(config.memory, offload_gib=ENOUGH_GIB))
     with _fake_mesh(config, rank, ranks_per_node) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         with torch.random.fork_rng(devices=[]), _default_dtype(parameter_dtype(config.train.dtype)):
             model = lay_out(config, Transformer(config.model, config.data.seq_len), mesh)

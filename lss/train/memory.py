@@ -14,6 +14,7 @@ from lss.config import Config
 from lss.config.errors import refuse
 from lss.hosts import all_memory
 from lss.model.size import parameter_count
+from lss.offload import Offloader
 from lss.train.optim import STATE_PART
 from lss.train.steps import parameter_dtype
 
@@ -48,6 +49,24 @@ class NoMeter:
     def table(self, facts: dict[str, Any]) -> list[str]:
         """No lines."""
         return []
+
+
+class RoomNote:
+    """Says, when it comes to be so, that host memory has no room for what memory.checkpointing="attention" keeps."""
+
+    def __init__(self, offloader: Offloader | None, blocks: int) -> None:
+        self._offloader, self._blocks, self._told = offloader, blocks, 0
+
+    def lines(self) -> list[str]:
+        """One line after a step whose number of blocks is another than that of the one before."""
+        again = 0 if self._offloader is None else self._offloader.again
+        if again == self._told or self._offloader is None:
+            return []
+        self._told = again
+        room = (self._offloader.room or 0) / 2**30
+        kept = f"the attention's output of {self._blocks - again} of {self._blocks} blocks"
+        return [f"memory.offload: {room:.1f} GiB of host memory have room for {kept}; the others compute their attention "
+                "again (memory.offload_gib gives more)"]  # fmt: skip
 
 
 def state_bytes(config: Config, parameters: int | None = None) -> int:

@@ -29,7 +29,7 @@ from lss.parallel import clip_grad_norm_, layout_of
 from lss.segment.documents import scores_seen
 from lss.train.console import TrainConsole, make_console
 from lss.train.evaluate import bits, evaluate
-from lss.train.memory import NoMeter, StepMeter
+from lss.train.memory import NoMeter, RoomNote, StepMeter
 from lss.train.metrics import MetricsWriter, peak_memory_bytes
 from lss.train.models import find_model
 from lss.train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -83,6 +83,7 @@ class Trainer:
         self.corpus = corpus
         self.model = self.subject.build(mesh)
         self.layout = layout_of(self.model)
+        self.room = RoomNote(self.layout.offloader, config.model.n_layers)
         self.optimizer = build_optimizer(self.model, config.optim, config.memory.optimizer)
         self.loader = self._loader()
         if config.train.eval_every:
@@ -210,6 +211,8 @@ class Trainer:
         train, every, stopping = self.config.train, self.config.checkpoint.every, self.stopping
         with self.meter.step(step, self.model, self.optimizer):
             row = self.train_step(step)
+        for line in self.room.lines():
+            console.note(line)
         if facts := self.meter.facts(step == train.steps):
             self.memory = facts
             for line in self.meter.table(facts):

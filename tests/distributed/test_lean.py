@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lss
+from lss import offload
 from lss.context_parallel import count_head_chunks
 from lss.context_parallel import lss as algorithm
 from lss.model import Transformer
+from lss.model.layers import Attention
+from lss.parallel import activation, layout_of
 from tests.distributed.model_cases import BOUNDS, gradient_errors, model_config, parity_case
 from tests.distributed.pool import mesh, pool
 
+laying_out = importlib.import_module("lss.parallel.parallelize")  # the package has a function of this name
 S = 64  # no width of the model
 
 
@@ -112,3 +118,60 @@ def test_head_chunks_bound_what_a_kernel_sums():
     assert count_head_chunks("auto", "lss", k[:, : 1 << 17], 1, n_heads=32) == 1
     assert count_head_chunks("auto", "lss", k.float(), 1, n_heads=32) == 1  # no fused kernel
     assert count_head_chunks("auto", "ulysses", k, 1, n_heads=32) == 1
+
+
+def _calls(cp, room, changes):
+    """A step's errors, forward calls of attention in it, and blocks that compute their attention again."""
+    made = activation.make_pieces
+    seen = {}
+
+    def making(*args, offloader=None, **kwargs):
+        seen["offloader"] = offloader
+        offloader.least_bytes = 1
+        return made(*args, offloader=offloader, **kwargs)
+
+    calls, forward = [], Attention.forward
+    Attention.forward = lambda self, *args, **kwargs: calls.append(self.layer) or forward(self, *args, **kwargs)
+    laying_out.make_pieces = making
+    try:
+        options = {"offload": "host", "offload_gib": room / 2**30, "checkpointing": "attention", "labels": "uneven"}
+        result = parity_case(cp, seq_len=24, **options, **changes)
+    finally:
+        laying_out.make_pieces, Attention.forward = made, forward
+    return result, sorted(calls), seen["offloader"].again
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3])
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_attention_is_computed_again_where_its_output_has_no_room(cp, kept):
+    """Three blocks: the inputs of all have room, and the outputs and lse of so many."""
+    heads = {"n_heads": 6, "n_kv_heads": 3, "d_model": 48, "n_layers": 3}
+    tokens = 2 * 24 // cp
+    x, out = tokens * 48 * 8, tokens * (48 + 6) * 8
+    room = 3 * x + kept * out + out // 2
+    changes = {"model": heads, "rows": 2}
+    for _ in range(2):  # the first time with the reference, which ranks keep
+        plain = len(pool(cp).run(_calls, cp, 1 << 30, changes)[0][1]) // 3
+    for result, calls, again in pool(cp).run(_calls, cp, room, changes):
+        assert again == 3 - kept
+        assert result["gradient"] <= BOUNDS[torch.float64], result["parameter"]
+        assert result["away"].here == 0
+        assert [calls.count(layer) for layer in range(3)] == [plain] * kept + [plain + 1] * (3 - kept)
+
+
+def _room(cp):
+    """The room of a rank that has a GiB more than the one before it."""
+    rank = torch.distributed.get_rank()
+    free, offload.free_memory = offload.free_memory, lambda: (rank + 1) << 31
+    try:
+        model = lss.parallelize(Transformer(model_config(), 64), mesh(cp), checkpointing="attention", offload="host")
+    finally:
+        offload.free_memory = free
+    return layout_of(model).offloader.room
+
+
+def test_ranks_agree_on_the_room():
+    """The least of them; else one would gather for an attention that another does not compute."""
+    rooms = pool(3).run(_room, 3)
+    assert len(set(rooms)) == 1
+    assert rooms[0] <= 1 << 30

@@ -238,9 +238,30 @@ MUTANTS = (
     Mutant(
         "attention is computed again in backward",
         "lss/parallel/activation.py",
-        "        if self._full:\n",
-        "        if True:\n",
+        "            if self._all_again(layer, x):\n",
+        "            if True:\n",
         ("tests/distributed/test_step.py::test_recomputing_linear_parts_costs_no_collective",),
+    ),
+    Mutant(
+        "ranks choose what is computed again each by its own room",
+        "lss/parallel/activation.py",
+        "    if cp.size > 1 and isinstance(tier, HostTier):\n",
+        "    if False:\n",
+        ("tests/distributed/test_lean.py::test_ranks_agree_on_the_room",),
+    ),
+    Mutant(
+        "a chunk's dQ is not put where Q lay",
+        "lss/context_parallel/lss.py",
+        "            self.whole[:, :, heads] = part\n",
+        "            pass\n",
+        ("tests/distributed/test_lean.py::test_dq_lies_where_the_recomputed_queries_lay",),
+    ),
+    Mutant(
+        "queries that are read again are written over",
+        "lss/context_parallel/lss.py",
+        "self._spent = chunks > 1 and is_spendable(q)",
+        "self._spent = is_spendable(q)",
+        ("tests/distributed/test_lean.py::test_dq_lies_where_the_recomputed_queries_lay",),
     ),
     Mutant(
         "queries, keys and values are kept after all",

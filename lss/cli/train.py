@@ -46,11 +46,13 @@ def _refuse_early(config: Config, out: Path, options: argparse.Namespace) -> Non
     from lss.data.prepare import prepare
     from lss.train.models import find_model
     from lss.train.saving import find_resumable
+    from lss.train.start import find_start
 
     subject = find_model(config, out)
     config = subject.config
     refuse_options(config, options.nproc, subject.source)
-    find_resumable(config, out)
+    if find_resumable(config, out) is None:
+        find_start(config)
     # ranks that are started from here share the reading out
     refuse_data(config, scan=not must_launch(options.nproc), out=out)
     if must_launch(options.nproc):  # while no rank waits for it

@@ -287,6 +287,8 @@ class CheckpointConfig:
     keep_every: int = _key(0, int, "saves of every step that this divides stay for ever; 0 = off", low=0)
     background: bool = _key(False, bool, "write saves while training goes on; takes host memory for a copy of each rank's "
                             "share")  # fmt: skip
+    start: str = _key("", str, "run or checkpoint of the same model whose weights a new run starts with; its sequences may "
+                      "have had another length; empty: weights drawn by train.seed")  # fmt: skip
     resume: str = _key("auto", str, "auto: go on from the folder's newest save", choices=("auto", "never"))
     fallback: bool = _key(False, bool, "where the newest save is damaged, take the next older good one instead of refusing")
     on_error: str = _key("stop", str, "what a save that fails does: end the run, or be told of and counted; the last one "

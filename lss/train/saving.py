@@ -28,6 +28,7 @@ from lss.data.corpus import corpus_digest
 from lss.data.loader import Batch, Loader
 from lss.parallel import HFLayout, Layout
 from lss.train.metrics import truncate
+from lss.train.start import load_start
 
 FOLDER = "checkpoints"
 
@@ -108,11 +109,16 @@ class Saving:
     def resume(self) -> int:
         """Load the newest save, every byte of it checked; returns its step, 0 where there is none.
 
+        Where there is none, the weights are those of checkpoint.start, if that names any.
+
         Raises:
-            Refused: see `find_resumable`; the same on every rank, before anything is loaded.
+            Refused: see `find_resumable` and `load_start`; the same on every rank, before anything is loaded.
         """
         newest = agree_on_checkpoint(self._out / FOLDER, self._control, fallback=self._settings.fallback, say=self.say)
         if newest is None:
+            start = load_start(self._config, self._model, self._layout, self._control)
+            if start is not None:
+                self.say(f"weights of {start.path}")
             return 0
         if self._settings.resume == "never":
             raise refuse("checkpoint.resume", "never", f"{self._out} holds a run already; choose another --out or 'auto'")

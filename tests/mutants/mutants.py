@@ -503,4 +503,18 @@ MUTANTS = (
         "    add_sinks_(out, lse, rules.sinks)\n    part = torch.cat(",
         ("tests/infer/test_generate.py::test_tokens_and_logits_are_those_of_one_process",),
     ),
+    Mutant(
+        "a run that starts from another one is of other heads",
+        "lss/train/start.py",
+        "if key not in MAY_CHANGE and earlier != now:",
+        "if False:",
+        ("tests/train/test_start.py",),
+    ),
+    Mutant(
+        "the weights that a run should start with are not loaded",
+        "lss/train/start.py",
+        "    load_weights(found, model, layout)\n    return found",
+        "    return found",
+        ("tests/train/test_start.py",),
+    ),
 )

@@ -13,7 +13,7 @@ from lss.config.errors import Refused, refuse
 from lss.parallel import HFLayout, Layout
 
 # Of [model], what the same weights may be trained on with.
-MAY_CHANGE = ("preset", "dropout", "attention_dropout", "windows", "rope_theta", "rope_scaling", "rope_factor")
+MAY_CHANGE = ("preset", "dropout", "attention_dropout", "windows", "residual", "rope_theta", "rope_scaling", "rope_factor")
 
 
 def find_start(config: Config) -> Checkpoint | None:

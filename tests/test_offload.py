@@ -157,22 +157,24 @@ def test_limits_are_shares_of_what_is_free():
     assert 0.5 < host_limit("auto", 4) / (free // 8) < 2
 
 
-@pytest.mark.parametrize("early_bytes, groups", [(1 << 30, 2), (0, 1)])
-def test_large_groups_come_back_one_at_a_time(early_bytes, groups):
-    """Of a chain's five groups, how many have tensors on the device at once: one more comes early where they are small."""
-    keeper = host(early_bytes=early_bytes)
+@pytest.mark.parametrize("early, late, groups, between", [(1 << 30, 1 << 30, 2, 1), (0, 1 << 30, 1, 1), (0, 0, 1, 0)])
+def test_large_groups_come_back_one_at_a_time(early, late, groups, between):
+    """Of a chain's five groups, how many have tensors on the device at once, and how many after the last use of one."""
+    keeper = host(early_bytes=early, late_bytes=late)
     leaf = torch.randn(64, 3, dtype=torch.float64, requires_grad=True)
-    most, restore = 0, keeper.restore
+    most, least, restore = 0, 5, keeper.restore
 
     def watched(kept):
-        nonlocal most
+        nonlocal most, least
         x = restore(kept)
         alive = [one for ref in keeper._order if (one := ref()) is not None]
-        most = max(most, len({one.group for one in alive if one.back is not None}))
+        back = len({one.group for one in alive if one.back is not None})
+        most = max(most, back)
+        least = min(least, back) if alive else least
         return x
 
     keeper.restore = watched
     (found,) = torch.autograd.grad(chain(leaf, keeper), leaf)
     (expected,) = torch.autograd.grad(chain(leaf), leaf)
     assert torch.equal(found, expected)
-    assert most == groups
+    assert (most, least) == (groups, between)

@@ -14,9 +14,11 @@ from lss.offload.host import Slot, Tier
 
 # Smaller tensors stay: a copy costs a launch, and there is little to win.
 LEAST_BYTES = 1 << 20
-# A layer that is larger comes back only when the one after it is done with: its copy takes longer than most things would
-# wait for it, but what is computed last of a layer of that size, its projections, takes longer still.
+# A layer that is larger comes back only at the last use of the one after it, whose projections are still to be computed.
 EARLY_BYTES = 1 << 31
+# And one that is larger than this when it is asked for. The copy then stands alone, but copies grow with the sequence and
+# attention with its square: 8 GiB take 0.2 s where attention's backward takes ten.
+LATE_BYTES = 1 << 32
 
 
 class Kept:
@@ -72,8 +74,8 @@ class Offloader:
     Args:
         tiers: tried in order for each tensor.
         least_bytes: smaller tensors stay on the device.
-        early_bytes: groups of more are set on their way at the last use of the group saved after them, smaller ones at its
-            first, so that no two large ones are on the device together but for a moment.
+        early_bytes, late_bytes: groups of more are set on their way at the last use of the group saved after them, smaller
+            ones at its first; of more than `late_bytes` when they are asked for, so that no two are on the device together.
 
     Attributes:
         tally: bytes of the last forward pass.
@@ -81,9 +83,11 @@ class Offloader:
     """
 
     def __init__(
-        self, tiers: Sequence[Tier], least_bytes: int = LEAST_BYTES, early_bytes: int = EARLY_BYTES
-    ) -> None:
-        self.tiers, self.least_bytes, self.early_bytes, self.tally = tiers, least_bytes, early_bytes, Tally()
+        self, tiers: Sequence[Tier], least_bytes: int = LEAST_BYTES, early_bytes: int = EARLY_BYTES,
+        late_bytes: int = LATE_BYTES,
+    ) -> None:  # fmt: skip
+        self.tiers, self.least_bytes, self.tally = tiers, least_bytes, Tally()
+        self.early_bytes, self.late_bytes = early_bytes, late_bytes
         self.again = 0
         self._order: list[weakref.ref[Kept]] = []  # as saved; backward asks from the end
         self._known: dict[tuple, tuple[StorageWeakRef, weakref.ref[Kept]]] = {}
@@ -141,11 +145,12 @@ class Offloader:
         kept.begin()
         alive = [k for ref in self._order if (k := ref()) is not None and k.slot is not None]
         before = max((k.group for k in alive if k.group < kept.group), default=kept.group)
-        early = sum(k.nbytes for k in alive if k.group == before) <= self.early_bytes
+        nbytes = sum(k.nbytes for k in alive if k.group == before)
+        early, late = nbytes <= self.early_bytes, nbytes <= self.late_bytes
         _begin(alive, before if early else kept.group, kept.group)
         x = kept.hand_out()
         alive = [k for k in alive if k.slot is not None]
-        if not early and all(k.group != kept.group for k in alive):
+        if late and not early and all(k.group != kept.group for k in alive):
             _begin(alive, before, before)
         self._order = [weakref.ref(k) for k in alive]
         if not self._order:

@@ -4,8 +4,9 @@ Shape letters beside the library's: Z blocks, C tokens of a block, M chunks of a
 of q and k, so that a state is P x H.
 
 The gradient of the decays comes from those of everything else. A pair i >= j has the factor exp(c_i - c_j), so that with
-w_ij its part of the loss' derivative, dL/dg_t is the sum of all w_ij with j < t <= i: row sums minus column sums, summed
-from t to the end of the block, plus what the state that leaves the block has to do with the tokens behind it, h' . dh'.
+w_ij its part of the loss' derivative, dL/dg_t is the sum of all w_ij with j < t <= i: pairs inside the block, tokens from t
+on with the state that entered, tokens before t with the state that leaves, and the one state with the other. All are added
+up; the shorter way, differences of what rows and columns sum up to, cancels most of its digits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from lss.segment import ScanBlocks
 
 Masks = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-# dq, dk (B,Z,K,C,P), dv (B,Z,K,R,C,H), and of the decays' running sum (B,Z,K,R,C)
+# dq, dk (B,Z,K,C,P), dv (B,Z,K,R,C,H), and dg (B,Z,K,R,C)
 Inside = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -63,13 +64,16 @@ class ScanWork:
         self._blocks, self._dtype = blocks, torch.promote_types(q.dtype, torch.float32)
         self._groups = q.shape[2]
         masks = _masks_kept(blocks, q.device) if q.is_cuda else _masks(blocks, q.device)
-        self._true, self._sees, first, self._last, passes = masks
+        self._true, sees, first, last, passes = masks
         self._q, self._k, self._v = self.cut(q)[:, :, :, 0], self.cut(k)[:, :, :, 0], self.cut(v)
-        c = self.cut(g[..., None])[..., 0].cumsum(-1)
-        # masked before exp: what stands above the diagonal grows without bound
-        gaps = (c[..., :, None] - c[..., None, :]).masked_fill(~self._sees, float("-inf"))
-        self._weights = gaps.exp()
-        self._into, self._out = c.exp() * first, (c[..., -1:] - c).exp() * self._last
+        g = self.cut(g[..., None])[..., 0]
+        c, never = g.cumsum(-1), float("-inf")
+        # sums from each token to each behind it, not differences of two, which would lose digits where decays are strong;
+        # and masked before exp, for in another document, or above the diagonal, there is nothing to sum
+        gaps = g[..., :, None].masked_fill(~sees.tril(-1), 0.0).cumsum(-2)
+        self._weights = gaps.masked_fill(~sees, never).exp()
+        self._into = c.masked_fill(~first, never).exp()
+        self._out = gaps[..., -1, :].masked_fill(~last, never).exp()
         self.decay = c[..., -1].exp() * passes
 
     # -- shapes ------------------------------------------------------------------------------------------------------
@@ -138,24 +142,26 @@ class ScanWork:
         parts = attended * dscores
         dscores = (dscores * self._weights).sum(3)
         dv = attended.transpose(-1, -2) @ dy
-        return dscores @ self._k, dscores.transpose(-1, -2) @ self._q, dv, parts.sum(-1) - parts.sum(-2)
+        dg = _from_each_on(parts, -2).tril(-1).sum(-1)
+        return dscores @ self._k, dscores.transpose(-1, -2) @ self._q, dv, dg
 
     def gradients(
         self, dy: torch.Tensor, states: torch.Tensor, leaving: torch.Tensor, inside: Inside
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """All gradients, in the shapes that `back` takes."""
-        dq, dk, dv, dc = inside
+        dq, dk, dv, dg = inside
         dy_into, v_out = dy * self._into[..., None], self._v * self._out[..., None]
         dq = dq + torch.einsum("bzkrch,bzkrph->bzkcp", dy_into, states)
         dk = dk + torch.einsum("bzkrch,bzkrph->bzkcp", v_out, leaving)
         dv_out = torch.einsum("bzkcp,bzkrph->bzkrch", self._k, leaving)
-        dc = dc + (dy_into * torch.einsum("bzkcp,bzkrph->bzkrch", self._q, states)).sum(-1) - (dv_out * v_out).sum(-1)
+        read = (dy_into * torch.einsum("bzkcp,bzkrph->bzkrch", self._q, states)).sum(-1)
+        written = (dv_out * v_out).sum(-1)
+        passed = self.decay * (states * leaving).sum((-1, -2))
+        dg = dg + _from_each_on(read, -1) + F.pad(written.cumsum(-1)[..., :-1], (1, 0)) + passed[..., None]
         dv = dv + dv_out * self._out[..., None]
-        # from each token to the end of its block, inside its document
-        dg = torch.einsum("zit,bzkri->bzkrt", self._sees[:, 0, 0].to(dc.dtype), dc)
-        dg = dg + self._last * (self._behind(states) * leaving).sum((-1, -2))[..., None]
         return dq[:, :, :, None], dk[:, :, :, None], dv, dg[..., None]
 
-    def _behind(self, states: torch.Tensor) -> torch.Tensor:
-        """The state that leaves each block."""
-        return torch.addcmul(self.ends(), self.decay[..., None, None], states)
+
+def _from_each_on(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum of each element and all behind it along `dim`."""
+    return x.flip(dim).cumsum(dim).flip(dim)

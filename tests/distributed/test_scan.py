@@ -37,6 +37,13 @@ def test_heads_and_sizes_of_any_number(N, K, P, H):
         assert max(errors) <= 1e-12
 
 
+@pytest.mark.parametrize("edges", [None, DOCUMENTS])
+def test_strong_decays_overflow_nowhere(edges):
+    """exp of the decays of a whole block, turned round, is beyond float32."""
+    for errors, *_ in pool(2).run(scan_case, 2, S=130, B=1, edges=edges, decay=8.0, dtype=torch.float32):
+        assert max(errors) <= 2e-6
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
 def test_half_precision_rounds_inputs_and_results_alone(dtype, bound):
     """States are float32: the error is that of rounding y and its gradients, whatever the ranks."""

@@ -25,7 +25,7 @@ from lss.context_parallel.sharding import segment_for
 from lss.kernels.conv import check_conv, run_conv
 from lss.kernels.outside import outside_graphs
 from lss.kernels.scan import check_scan, run_scan
-from lss.segment import Segment, chunk_passes, chunk_places, plan_halo
+from lss.segment import Segment, chunk_places, plan_halo
 
 
 def scan(
@@ -149,7 +149,7 @@ class _States:
 
     def _combined(self, terms: torch.Tensor, *, backward: bool) -> torch.Tensor:
         """state = decay * state + term over the sequence's chunks; the states before this rank's own."""
-        places, passes = chunk_places(self._segment), chunk_passes(self._segment)
+        places = chunk_places(self._segment)
         mine = {chunk: number for number, chunk in enumerate(self._segment.chunks)}
         assert self._decays is not None
         out, state = torch.empty_like(terms[:, : len(mine)]), torch.zeros_like(terms[:, 0])
@@ -160,8 +160,7 @@ class _States:
             if not mine:
                 break
             at = places[chunk]
-            decay = self._decays[:, at, ..., None, None]
-            state = torch.addcmul(terms[:, at], decay, state) if passes[chunk] else terms[:, at]
+            state = torch.addcmul(terms[:, at], self._decays[:, at, ..., None, None], state)
         return out
 
 

@@ -5,7 +5,7 @@ from lss.segment.boxes import Piece, overlap, whole_piece
 from lss.segment.fetch import Fetch, Push, plan_all, plan_fetch, plan_push
 from lss.segment.mask import Mask, Run, make_mask, runs_of
 from lss.segment.order import ORDERS, Segment, make_segment
-from lss.segment.recurrence import Halo, ScanBlocks, chunk_passes, chunk_places, plan_halo, scan_blocks
+from lss.segment.recurrence import Halo, ScanBlocks, chunk_places, plan_halo, scan_blocks
 
 __all__ = [
     "ORDERS",
@@ -19,7 +19,6 @@ __all__ = [
     "Run",
     "ScanBlocks",
     "Segment",
-    "chunk_passes",
     "chunk_places",
     "make_blocks",
     "make_mask",

@@ -66,14 +66,6 @@ def _documents(segment: Segment, places: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def chunk_passes(segment: Segment) -> tuple[bool, ...]:
-    """Of every chunk of the sequence, in its order: whether no document begins in it, at its first token or later."""
-    starts = np.arange(segment.n_chunks, dtype=np.int64) * segment.chunk_len
-    ends = _documents(segment, starts + segment.chunk_len - 1)
-    return tuple(((starts > 0) & (_documents(segment, starts - 1) == ends)).tolist())
-
-
-@lru_cache(maxsize=64)
 def chunk_places(segment: Segment) -> tuple[int, ...]:
     """Where each chunk of the sequence stands among all ranks' chunks, one rank's behind another's."""
     arriving = [chunk for rank in range(segment.cp) for chunk in segment.peer(rank).chunks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import product
 
 import pytest
@@ -88,6 +89,22 @@ MORE = [{}, {"kind": "encoder_decoder"}, SCAN | {"layers": "sbba", "n_layers": 5
 def test_parameters_are_counted(model):
     config = model_config(**model)
     assert parameter_count(config, 16) == sum(p.numel() for p in Transformer(config, 16).parameters())
+
+
+def _compiled():
+    """What stands behind a mixer is compiled, once for all blocks that are alike."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = MODELS["hybrid"] | {"n_layers": 4}
+    result = parity_case(2, compile=True, checkpointing="attention", model=model, labels="uneven", tiles=12)
+    return result, sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_pieces_compute_the_same():
+    for result, breaks in pool(2).run(_compiled):
+        assert result["gradient"] <= BOUNDS[torch.float64], result["parameter"]
+        assert breaks == 0
 
 
 def _misuse(what):

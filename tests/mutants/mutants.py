@@ -518,10 +518,10 @@ MUTANTS = (
         ("tests/train/test_start.py",),
     ),
     Mutant(
-        "states pass the beginnings of documents from chunk to chunk",
-        "lss/context_parallel/scan.py",
-        "if passes[chunk] else terms[:, at]",
-        "",
+        "states pass the beginnings of documents",
+        "lss/segment/recurrence.py",
+        "first, last = documents == before[:, None],",
+        "first, last = documents >= 0,",
         ("tests/distributed/test_scan.py::test_documents_forget_the_state",),
     ),
     Mutant(

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lss.config.errors import Refused
-    from lss.context_parallel import attention, cross_entropy, linear_cross_entropy, make_segment, shard, unshard
+    from lss.context_parallel import (
+        attention,
+        causal_conv,
+        cross_entropy,
+        linear_cross_entropy,
+        make_segment,
+        scan,
+        shard,
+        unshard,
+    )
     from lss.mesh import init_mesh, world_size
     from lss.parallel import clip_grad_norm_, parallelize, sum_gradients
 
@@ -20,12 +29,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Refused",
     "attention",
+    "causal_conv",
     "clip_grad_norm_",
     "cross_entropy",
     "init_mesh",
     "linear_cross_entropy",
     "make_segment",
     "parallelize",
+    "scan",
     "shard",
     "sum_gradients",
     "unshard",
@@ -37,12 +48,14 @@ __all__ = [
 _HOMES = {
     "Refused": "lss.config.errors",
     "attention": "lss.context_parallel",
+    "causal_conv": "lss.context_parallel",
     "clip_grad_norm_": "lss.parallel",
     "cross_entropy": "lss.context_parallel",
     "init_mesh": "lss.mesh",
     "linear_cross_entropy": "lss.context_parallel",
     "make_segment": "lss.context_parallel",
     "parallelize": "lss.parallel",
+    "scan": "lss.context_parallel",
     "shard": "lss.context_parallel",
     "sum_gradients": "lss.parallel",
     "unshard": "lss.context_parallel",

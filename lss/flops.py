@@ -7,12 +7,15 @@ from __future__ import annotations
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "V100": 125.0}
 
 
-def model_flops(matrix_parameters: int, attention_width: int, seq_len: int, sequences: int, scores: float) -> float:
-    """FLOPs of one training step: 6 * parameters in matrix products * tokens + 12 * N*H * scores.
+def model_flops(
+    matrix_parameters: int, attention_width: int, seq_len: int, sequences: int, scores: float, states: int = 0
+) -> float:
+    """FLOPs of one training step: 6 * parameters in matrix products * tokens + 12 * N*H * scores + 12 * states * tokens.
 
     A score costs 2 * H multiplications and additions for itself and as many for its value, and twice that in backward.
     Under a causal mask a layer has S^2 / 2 of them for each sequence, which makes 6 * layers * N*H * S^2. No credit is
-    given for recomputation, and none for scores that windows or document borders hide.
+    given for recomputation, and none for scores that windows or document borders hide. A token writes to each number of a
+    scan's state, and reads it, by 2 FLOPs each; what a scan by blocks computes beyond that is not counted.
 
     Args:
         matrix_parameters: parameters in matrix products: all but norms and embedding look-ups; a tied output
@@ -21,9 +24,10 @@ def model_flops(matrix_parameters: int, attention_width: int, seq_len: int, sequ
         seq_len: S.
         sequences: sequences in the step, over all ranks.
         scores: visible scores of one head, over all layers and sequences of the step.
+        states: numbers of state, over all layers that scan.
     """
     tokens = seq_len * sequences
-    return 6.0 * matrix_parameters * tokens + 12.0 * attention_width * scores
+    return 6.0 * matrix_parameters * tokens + 12.0 * attention_width * scores + 12.0 * states * tokens
 
 
 def peak_flops(device_name: str | None) -> float | None:

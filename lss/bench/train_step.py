@@ -22,6 +22,7 @@ from lss.bench.timing import Clock, spread_of
 from lss.comm import Communicator, count_collectives
 from lss.config import Config, load_config
 from lss.config.errors import refuse
+from lss.config.hybrid import attention_layers, state_numbers
 from lss.context_parallel.loss import global_linear_cross_entropy
 from lss.data.reader import Batch
 from lss.flops import model_flops, peak_flops
@@ -324,4 +325,5 @@ def _flops(config: Config) -> float:
     model, S, rows = config.model, config.data.seq_len, config.train.batch_size
     with torch.device("meta"):
         matrices = matrix_parameters(Transformer(model, S))
-    return model_flops(matrices, model.d_model, S, rows, rows * model.n_layers * S * S / 2)
+    scores = rows * len(attention_layers(model)) * S * S / 2
+    return model_flops(matrices, model.d_model, S, rows, scores, state_numbers(model))

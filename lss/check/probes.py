@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm import Communicator
 from lss.config import Config
+from lss.config.hybrid import attention_layers, scan_layers
 from lss.data.reader import Batch
 from lss.mesh import axis_group
 from lss.segment import Segment, make_segment
@@ -151,9 +152,9 @@ def _middle_document(segment: Segment) -> tuple[int, int]:
 
 
 def _reach(config: Config) -> int | None:
-    """How far a token's influence goes through all layers' windows; None where a layer sees everything."""
+    """How far a token's influence goes through all layers' windows; None where one sees everything or carries a state."""
     windows = [config.model.window_of(layer) for layer in range(config.model.n_layers)]
-    if config.model.kind == "encoder_decoder" or None in windows:
+    if config.model.kind == "encoder_decoder" or None in windows or scan_layers(config.model):
         return None
     return sum(window - 1 for window in windows if window is not None)
 
@@ -180,7 +181,7 @@ def _work_ratio(config: Config, borders: Sequence[torch.Tensor | None], order: s
         for rank in range(cp):
             segment = first.peer(rank)
             spans = np.array([(start, stop) for _, _, start, stop in segment.local_runs], np.int64).reshape(-1, 2)
-            for layer in range(model.n_layers):
+            for layer in attention_layers(model):
                 areas = area_before(segment.documents, spans, causal, model.window_of(layer))
                 loads[rank] += (areas[:, 1] - areas[:, 0]).sum()
         worst, mean = worst + loads.max(), mean + loads.mean()

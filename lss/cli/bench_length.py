@@ -133,6 +133,9 @@ def _refuse_layers(layers: Sequence[int], config: Config) -> None:
     if len(layers) == 1 and layers[0] != whole:
         fit = f"one point makes no line to the model's {whole} layers; give two numbers, 1,2 for one, or none"
         raise refuse("--layers", layers[0], fit)
+    if len(layers) == 2 and len(set(config.model.layers)) > 1:
+        fit = f'layers of several kinds, model.layers="{config.model.layers}", make no line; give none'
+        raise refuse("--layers", f"{layers[0]},{layers[1]}", fit)
     if len(layers) == 2 and not layers[0] < layers[1] <= whole:
         raise refuse("--layers", f"{layers[0]},{layers[1]}", f"give the smaller first, and at most the model's {whole}")
 

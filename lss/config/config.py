@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lss.config.errors import Refused, refuse
+from lss.config.hybrid import refuse_misfit_layers
 from lss.config.sections import (
     SECTIONS,
     CheckpointConfig,
@@ -80,6 +81,8 @@ class Config:
             self._validate_hf()
         else:
             refuse_mismatch(self.model)
+            given = {"strategy": self.parallel.strategy, "prefix": self.data.prefix}
+            refuse_misfit_layers(self.model, **given, plain=ModelConfig())
         self._validate_lora()
         model, parallel, train = self.model, self.parallel, self.train
         if self.data.source == "bytes" and model.known and model.vocab_size < 256:

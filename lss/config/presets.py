@@ -76,3 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["tiny-encoder"] = PRESETS["tiny"] | {"vocab_size": 257, "kind": "encoder"}
 # n_layers of encoder and as many of decoder
 PRESETS["tiny-encoder-decoder"] = PRESETS["tiny"] | {"n_layers": 2, "kind": "encoder_decoder"}
+# state-space layers, and attention in every fourth, as in Mamba-2's hybrids
+PRESETS["tiny-hybrid"] = PRESETS["tiny"] | {"layers": "sssa"}
+# SPADE (Zuo et al. 2022): a state-space layer beside the attention of the bottom layer, and windows in all layers
+PRESETS["tiny-spade"] = PRESETS["tiny"] | {"layers": "baaa", "windows": (128,)}

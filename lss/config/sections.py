@@ -135,6 +135,13 @@ class ModelConfig:
                          "that of train.dtype, which halves what a block keeps and rounds every sum",
                          choices=("weights", "compute"))  # fmt: skip
     rope_theta: float = _shape("rope_theta", float, "base of the rotary frequencies", low=1)
+    layers: str = _key("", str, "kinds of layers, a letter each, in turn and again from the first: a attention, s a scan "
+                       "(state space), b both beside each other; empty: all attention")  # fmt: skip
+    scan_heads: int = _key(8, int, "heads of a scan; divide its width", low=1)
+    scan_width: int | str = _key("auto", int, "inner width of a scan; auto: twice d_model", low=1, choices=("auto",))
+    scan_state: int = _key(16, int, "numbers of a scan's state for each of its inner width", low=1)
+    scan_groups: int = _key(1, int, "groups of heads that share what is written to and read from their states", low=1)
+    conv_width: int = _key(4, int, "tokens that the convolution before a scan reads, its own included", low=1)
     hf: str = _key("", str, "model of Hugging Face transformers, a folder or OWNER/NAME on the Hub, which brings its own "
                    "shape; empty: the reference decoder")  # fmt: skip
 

@@ -16,6 +16,7 @@ from lss.context_parallel.checks import check_rules, check_shapes
 from lss.context_parallel.loss import cross_entropy, linear_cross_entropy
 from lss.context_parallel.lss import lss_attention
 from lss.context_parallel.ring import ring_attention
+from lss.context_parallel.scan import causal_conv, cut_conv, cut_scan, scan
 from lss.context_parallel.sharding import kv_segment_for, make_segment, segment_for, shard, unshard
 from lss.context_parallel.spec import AttentionSpec
 from lss.context_parallel.two_level import two_level_attention
@@ -30,10 +31,14 @@ __all__ = [
     "AttentionSpec",
     "attend",
     "attention",
+    "causal_conv",
     "cross_entropy",
+    "cut_conv",
+    "cut_scan",
     "linear_cross_entropy",
     "make_segment",
     "make_spec",
+    "scan",
     "shard",
     "unshard",
 ]

@@ -1,10 +1,9 @@
-"""The parts of the reference model: attention, MLP, blocks, rotary positions, and what every layer of a pass shares."""
+"""The parts of the reference model: attention, MLP, rotary positions, and what every layer of a pass shares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +13,22 @@ from torch.nn import functional as F
 from lss.config import ModelConfig
 from lss.config.errors import refuse
 from lss.kernels import Rules, single_attention
+from lss.kernels.conv import single_conv
 from lss.kernels.dropout import fold
+from lss.kernels.scan import single_scan
 from lss.tiled import linear_cross_entropy_sum
 
 # (q (B,T,N,H), k, v (B,T,K,H), rules) -> (B,T,N,H)
 AttentionOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules], torch.Tensor]
 # (hidden states (B,T,D), weight (V,D), labels (B,T), count or None) -> scalar
 LossOp = Callable[..., torch.Tensor]
+# (x (B,T,C), weight (C,W)) -> (B,T,C)
+ConvOp = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# (q, k (B,T,K,P), v (B,T,N,H), log decay (B,T,N)) -> (B,T,N,H)
+ScanOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-# (inputs, the slice of tokens that they are) -> q, k, v
-Before = Callable[..., QKV]
+# (inputs, the slice of tokens that they are) -> what a block's mixer of tokens is given, as many tensors as it takes
+Before = Callable[..., tuple[torch.Tensor, ...]]
 Rotation = tuple[torch.Tensor, torch.Tensor] | None
 # places in a layer that draw dropout, so that no two share their numbers
 EMBEDDING, SELF_ATTENTION, CROSS_ATTENTION, MLP_OUT, PROBABILITIES, CROSS_PROBABILITIES = range(6)
@@ -55,9 +60,12 @@ class Pieces:
 
     def attended(
         self, layer: int, before: Before, parameters: Sequence[torch.Tensor], attend: Callable[..., torch.Tensor],
-        *inputs: Any,
+        *inputs: Any, by_token: bool = True,
     ) -> torch.Tensor:  # fmt: skip
-        """attend(*before(*inputs, slice(None))) in the block of this number; `before` uses these parameters."""
+        """attend(*before(*inputs, slice(None))) in the block of this number; `before` uses these parameters.
+
+        `by_token`: whether `before` looks at each token alone, and can be given some of them.
+        """
         return attend(*before(*inputs, slice(None)))
 
     def after(
@@ -81,6 +89,7 @@ class ModelOps:
     Attributes:
         attention: self-attention of the text (or of an encoder's only sequence), by rules.
         source_attention, cross_attention: an encoder-decoder's self-attention of its source, and of text to source.
+        scan, conv: the recurrence and the convolution of layers that carry a state.
         loss: (hidden states (B,T,D), weight (V,D), labels (B,T), count or None) -> scalar.
         positions: (T,) -> positions of the tokens that attention computes on.
         position_rows: (table, positions (T,)) -> rows (T, D) of the text's learned table.
@@ -91,6 +100,8 @@ class ModelOps:
     attention: AttentionOp = single_attention
     source_attention: AttentionOp = single_attention
     cross_attention: AttentionOp = single_attention
+    scan: ScanOp = single_scan
+    conv: ConvOp = single_conv
     loss: LossOp = mean_cross_entropy
     positions: Callable[[torch.Tensor], torch.Tensor] = lambda positions: positions
     position_rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = look_up_positions
@@ -126,9 +137,15 @@ class Attention(nn.Module):
         layer: its number among all blocks of the model, which picks its window and keys its dropout.
         cross: keys and values come from another sequence; then there are no windows, and rotary positions only where the
             source's tokens are given places in the text.
+        alone: whether the projection back, `out`, is its own.
+
+    Attributes:
+        by_token: whether what `before` makes of a token depends on that token only.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, cross: bool = False) -> None:
+    by_token = True
+
+    def __init__(self, config: ModelConfig, layer: int, cross: bool = False, alone: bool = True) -> None:
         super().__init__()
         self.head_size = config.d_model // config.n_heads
         self.layer, self.cross = layer, cross
@@ -137,13 +154,30 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False) if alone else None
         self.sinks = nn.Parameter(torch.zeros(config.n_heads)) if config.sinks else None
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:
         """What makes queries, keys and values."""
         return self.q_proj, self.k_proj, self.v_proj
+
+    @property
+    def out(self) -> nn.Module:
+        """The projection back into the residual stream."""
+        assert self.o_proj is not None
+        return self.o_proj
+
+    def before(self, norm: nn.Module, shared: Shared, of_keys: Rotation) -> Before:
+        """What stands before the attention, of the tokens (and of `memory`); `of_keys` are the rotations of keys."""
+        project = shared.ops.pieces.compiled(queries_keys_values)
+
+        def before(*given: Any) -> QKV:
+            *xs, tokens = given
+            rotations = (None if r is None else (r[0][tokens], r[1][tokens]) for r in (shared.rotation, of_keys))
+            return project(norm, self, shared.ops.enter, *rotations, *xs)
+
+        return before
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: Shared) -> torch.Tensor:
         """The attention itself, (B,T,N,H), by the rules of this layer; `queries_keys_values` gives its inputs."""
@@ -167,55 +201,6 @@ class MLP(nn.Module):
         up = self.up_proj(x_BTD)
         hidden = F.gelu(up) if self.gate_proj is None else F.silu(self.gate_proj(x_BTD)) * up
         return self.down_proj(hidden)
-
-
-class Block(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), with `cross` x + attention to memory(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, layer: int, cross: bool = False) -> None:
-        super().__init__()
-        self.layer = layer
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer)
-        self.cross_norm = make_norm(config) if cross else None
-        self.cross_attention = Attention(config, layer, cross=True) if cross else None
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
-
-    def forward(self, x_BTD: torch.Tensor, shared: Shared, memory_BSD: torch.Tensor | None = None) -> torch.Tensor:
-        last, place = self.attention, SELF_ATTENTION
-        a_BTNH = self._attended(last, self.attention_norm, shared, shared.rotation, x_BTD)
-        if self.cross_attention is not None and self.cross_norm is not None:
-            x_BTD = self._after(last, place, shared, x_BTD, a_BTNH)
-            last, place = self.cross_attention, CROSS_ATTENTION
-            a_BTNH = self._attended(last, self.cross_norm, shared, shared.source_rotation, x_BTD, memory_BSD)
-        return self._after(last, place, shared, x_BTD, a_BTNH, self.mlp_norm, self.mlp)
-
-    def _attended(self, attention: Attention, norm: nn.Module, shared: Shared, of_keys, *inputs) -> torch.Tensor:
-        pieces = shared.ops.pieces
-        project, modules = pieces.compiled(queries_keys_values), (norm, *attention.projections)
-
-        def before(*given: Any) -> QKV:
-            *xs, tokens = given
-            rotations = (None if r is None else (r[0][tokens], r[1][tokens]) for r in (shared.rotation, of_keys))
-            return project(norm, attention, shared.ops.enter, *rotations, *xs)
-
-        parameters = [p for module in modules for p in module.parameters()]
-        return pieces.attended(self.layer, before, parameters, partial(attention, shared=shared), *inputs)
-
-    def _after(self, attention: Attention, place: int, shared: Shared, x_BTD, a_BTNH, *mlp: nn.Module) -> torch.Tensor:
-        """What follows an attention: its residual and, where given, norm and MLP."""
-        pieces, enter, leave = shared.ops.pieces, shared.ops.enter, shared.ops.leave
-        finish, modules = pieces.compiled(after_attention), (attention.o_proj, *mlp)
-
-        def piece(x: torch.Tensor, a: torch.Tensor, tokens: slice) -> torch.Tensor:
-            drops = None
-            if shared.drop is not None:
-                drops = tuple(partial(shared.drop, layer=self.layer, place=p, tokens=tokens) for p in (place, MLP_OUT))
-            return finish(x, a, modules, drops, enter, leave)
-
-        parameters = [p for module in modules for p in module.parameters()]
-        return pieces.after(self.layer, piece, parameters, x_BTD, a_BTNH)
 
 
 # -- the pieces: functions of tensors and modules, which know no layer, so that one compilation serves all layers ----------
@@ -252,14 +237,14 @@ def after_attention(
     enter: Callable | None,
     leave: Callable | None,
 ) -> torch.Tensor:
-    """x + o_proj(a), then, where `modules` holds a norm and an MLP behind o_proj, x + mlp(norm(x))."""
-    o_proj, *norm_and_mlp = modules
+    """x + out(a), then, where `modules` holds a norm and an MLP behind out, x + mlp(norm(x))."""
+    out, *norm_and_mlp = modules
 
     def added(x: torch.Tensor, y: torch.Tensor, number: int) -> torch.Tensor:
         y = y if leave is None else leave(y)
         return x + (y if drops is None else drops[number](y))
 
-    x_BTD = added(x_BTD, o_proj(a_BTNH.flatten(-2)), 0)
+    x_BTD = added(x_BTD, out(a_BTNH.flatten(-2)), 0)
     if not norm_and_mlp:
         return x_BTD
     norm, mlp = norm_and_mlp

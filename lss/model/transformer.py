@@ -18,9 +18,13 @@ from torch.nn import functional as F
 
 from lss.config import ModelConfig
 from lss.config.errors import refuse
+from lss.config.hybrid import refuse_misfit_layers, scan_layers
 from lss.kernels import MaskMod, Rules, keep_rows, single_attention
+from lss.kernels.conv import single_conv
 from lss.kernels.dropout import fold, keyed_dropout
-from lss.model.layers import EMBEDDING, AttentionOp, Block, ModelOps, Shared, alibi_slopes, make_norm, normed, rope
+from lss.kernels.scan import single_scan
+from lss.model.block import Block
+from lss.model.layers import EMBEDDING, AttentionOp, ModelOps, Shared, alibi_slopes, make_norm, normed, rope
 from lss.segment import make_segment
 from lss.tiled import ambient_autocast, compute_dtype
 
@@ -62,6 +66,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, seq_len: int, seed: int = 0) -> None:
         super().__init__()
+        refuse_misfit_layers(config, strategy="lss", prefix=0, plain=ModelConfig())
         self.config, self.seq_len, self.seed = config, seq_len, seed
         both, learned, n = config.kind == "encoder_decoder", config.positions == "learned", config.n_layers
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -77,15 +82,19 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw N(0, 0.02^2) weights; projections into the residual stream are scaled by 1 / sqrt(2 layers)."""
+        """Draw N(0, 0.02^2) weights; projections into the residual stream are scaled by 1 / sqrt(2 layers).
+
+        A scan's convolution is N(0, 1 / width), so that it hands on what is as large as what it is given.
+        """
         if self.embedding.weight.is_meta:
             return  # a model without storage, for counting
         generator = torch.Generator().manual_seed(self.seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
-                continue  # norms start at 1 and 0, sinks at 0
+                continue  # norms start at 1 and 0, sinks at 0, and a scan's heads each at its own
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 * ((2 * self.config.n_layers) ** -0.5 if into_residual else 1.0)
+            std = self.config.conv_width**-0.5 if name.endswith("conv_weight") else std
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
     def forward(
@@ -139,6 +148,9 @@ class Transformer(nn.Module):
             if labels is not None and shift_labels is None:
                 shift_labels = self.targets(labels, segment.documents)
         assert positions is not None
+        if mask_mod is not None and scan_layers(self.config):
+            fit = f"model.layers={self.config.layers!r}: a state goes forward through all tokens; leave it out"
+            raise refuse("mask_mod", "a function", fit)
         rules, seed = self._rules(input_ids, samples, dropout_seed)
         rules = replace(rules, keep=_keep(attention_mask), prefix=prefix, mask_mod=mask_mod)
         memory = None
@@ -187,6 +199,11 @@ class Transformer(nn.Module):
             raise refuse("cu_seqlens", "a tensor", fit)
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise refuse("prefix", prefix, "give a whole number of tokens, 0 or more")
+        scans = f"model.layers={self.config.layers!r}: a state goes forward through all tokens; "
+        if scan_layers(self.config) and prefix:
+            raise refuse("prefix", prefix, f"{scans}use 0")
+        if scan_layers(self.config) and attention_mask is not None:
+            raise refuse("attention_mask", tuple(attention_mask.shape), f"{scans}fill rows at their ends, and leave it out")
         if prefix and kind == "encoder":
             raise refuse("prefix", prefix, 'model.kind="encoder" sees everything already; use 0')
         for name, mask, ids, length in (("attention_mask", attention_mask, input_ids, lengths[0]),
@@ -273,7 +290,8 @@ def one_device(segment, source_len: int | None) -> ModelOps:
     """The operations of a model on one device, for whole sequences with these documents."""
     attention = partial(single_attention, segment=segment)
     if source_len is None:
-        return ModelOps(attention=attention)
+        scan, conv = partial(single_scan, segment=segment), partial(single_conv, segment=segment)
+        return ModelOps(attention=attention, scan=scan, conv=conv)
     cross = partial(single_attention, segment=segment, kv_segment=make_segment(source_len, cp=1, rank=0))
     return ModelOps(attention=attention, cross_attention=cross)
 

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from lss.comm import cp_communicator
 from lss.config import ModelConfig
 from lss.config.errors import refuse
+from lss.config.hybrid import scan_layers
 from lss.context_parallel.spec import spend
 from lss.model.layers import Before, Pieces
 from lss.offload import HostTier, Kept, Offloader
@@ -107,7 +108,7 @@ class Stack:
 
 def stack_of(config: ModelConfig, strategy: str, regather: bool) -> Stack | None:
     """The stack of a model of one; None where more is saved of a block than its input, the output and lse."""
-    alike = config.kind != "encoder_decoder" and strategy == "lss" and regather
+    alike = config.kind != "encoder_decoder" and strategy == "lss" and regather and not scan_layers(config)
     return Stack(config.n_layers, config.n_heads) if alike else None
 
 
@@ -148,11 +149,11 @@ class _Recomputing(Pieces):
 
     def attended(
         self, layer: int, before: Before, parameters: Sequence[torch.Tensor], attend: Callable[..., torch.Tensor],
-        *inputs: torch.Tensor,
+        *inputs: torch.Tensor, by_token: bool = True,
     ) -> torch.Tensor:  # fmt: skip
         # in tiles the pieces before are computed once more, for their gradients; whole, one computation serves both
         x, *others = inputs
-        size = None if others else self._narrow(x)
+        size = self._narrow(x) if by_token and not others else None
         if size is None or size >= x.shape[1]:
             project = partial(_whole, before)
         else:

@@ -13,9 +13,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm import Communicator, communicator, cp_communicator
+from lss.config import ModelConfig
 from lss.config.errors import Refused, refuse
+from lss.config.hybrid import refuse_misfit_layers
 from lss.config.support import refuse_pairs
-from lss.context_parallel import AttentionOptions, attend, count_inner, pick_strategy
+from lss.context_parallel import AttentionOptions, attend, count_inner, cut_conv, cut_scan, pick_strategy
 from lss.context_parallel.loss import global_linear_cross_entropy
 from lss.context_parallel.sharding import refuse_packed_rows, shard, unshard
 from lss.integrations.hf import is_hf_model
@@ -171,6 +173,7 @@ class Layout:
         self.segment(1)  # refuses an unknown order
         both = {"cross-attention": 'model.kind="encoder_decoder"'} if self._config.kind == "encoder_decoder" else {}
         refuse_pairs(options.features() | both)
+        refuse_misfit_layers(model.config, strategy=strategy, prefix=0, plain=ModelConfig())
         if strategy != "tp":
             pick_strategy(strategy)
         # refuses a number that does not fit, and makes its groups while all ranks are here
@@ -302,7 +305,9 @@ class Layout:
                 leave=partial(tp.leave, comm=self.cp),
             )
         attention = partial(attend, comm=self.cp, options=self.options)
-        ops = replace(ops, attention=partial(attention, segment=segment))
+        cut = {"segment": segment, "comm": self.cp}
+        ops = replace(ops, attention=partial(attention, segment=segment), scan=partial(cut_scan, **cut),
+                      conv=partial(cut_conv, **cut))  # fmt: skip
         if source is None:
             return ops
         cross = partial(attention, segment=segment, kv_segment=source)

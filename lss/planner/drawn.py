@@ -1,4 +1,5 @@
-"""A step of any length and depth, from four short traces of it: of two and of three blocks, at two lengths each.
+"""A step of any length and depth, from four short traces of it: of two and of three blocks (or rounds of blocks of several
+kinds), at two lengths each.
 
 A trace at full length would take as many operations as there are tiles. So two short lengths are traced, and what grows is
 drawn out to the run's own length: each allocation, after which the moment of most bytes is looked for, the FLOPs of matrix
@@ -74,19 +75,22 @@ def draw(
         model = replace(config.model, n_layers=count)
         return _of_length(replace(config, model=model), logits, granularity, ranks_per_node)
 
+    # layers of several kinds come again after so many; models of whole rounds are compared
+    round_of = max(1, len(config.model.layers))
     # of one block alone the peak is elsewhere: nothing of another one is kept while it is computed again
-    few = of_blocks(min(2, blocks))
-    if blocks <= 2:
+    least = 2 * round_of
+    few = of_blocks(min(least, blocks))
+    if blocks <= least:
         return few
-    more = of_blocks(3)
+    more, rounds = of_blocks(least + round_of), (blocks - least) / round_of
 
     def whole(a: int, b: int) -> int:
-        return a + max(0, b - a) * (blocks - 2)
+        return round(a + max(0, b - a) * rounds)
 
     classes = _by_name(whole, few.peak.classes, more.peak.classes)
     peak = replace(more.peak, bytes=whole(few.peak.bytes, more.peak.bytes), classes=classes,
                    host=whole(few.peak.host, more.peak.host))  # fmt: skip
-    products = few.products + (more.products - few.products) * (blocks - 2)
+    products = few.products + (more.products - few.products) * rounds
     return Drawn(peak, products, _by_name(whole, few.payload, more.payload))
 
 

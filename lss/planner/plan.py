@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lss.config import Config
+from lss.config.hybrid import attention_layers, state_numbers
 from lss.flops import model_flops
 from lss.planner.estimate import step_drawn
 from lss.planner.hardware import HOST_BANDWIDTH, Hardware, attention_rate
@@ -24,6 +25,8 @@ from lss.train.models import find_model
 FIRST_STAGE = 0.25
 GRANULARITY = 512  # of CUDA's caching allocator
 _SUMMED = ("gradients", "parameters")
+# of recurrences and their convolutions, which wait for them
+_STATES = ("state", "dstate", "halo", "dhalo")
 
 
 @dataclass(frozen=True)
@@ -103,15 +106,17 @@ def _rows(config: Config) -> int:
 
 def _model_flops(config: Config) -> float:
     rows, matrices = config.train.batch_size, find_model(config).matrix_parameters
-    return model_flops(matrices, config.model.d_model, config.data.seq_len, rows, rows * _scores(config))
+    states = state_numbers(config.model)
+    return model_flops(matrices, config.model.d_model, config.data.seq_len, rows, rows * _scores(config), states)
 
 
 def _scores(config: Config) -> float:
     """Visible scores of one head of a sequence, all layers, a causal square as half of one."""
     model, S = config.model, config.data.seq_len
     causal = model.kind != "encoder"
-    scores = scores_seen((0, S), causal, model.windows, model.n_layers)
-    return scores - (model.n_layers * S / 2 if causal and not model.windows else 0)
+    attending = attention_layers(model)
+    scores = scores_seen((0, S), causal, model.windows, attending)
+    return scores - (len(attending) * S / 2 if causal and not model.windows else 0)
 
 
 def _attention_flops(config: Config) -> float:
@@ -140,7 +145,8 @@ def _exposed(config: Config, hardware: Hardware, payload: dict[str, int], attent
     seconds = sum(payload.get(purpose, 0) for purpose in ("kv", "dkv")) / rate
     chunks = config.parallel.head_chunks if isinstance(config.parallel.head_chunks, int) else 1
     first = seconds * (FIRST_STAGE if near else 1.0) / chunks
-    return first + max(0.0, seconds - first - attention)
+    states = sum(payload.get(purpose, 0) for purpose in _STATES) / rate
+    return states + first + max(0.0, seconds - first - attention)
 
 
 def _copied(config: Config, peak: Peak) -> int:

@@ -7,7 +7,7 @@ no token sees another document's. Index arithmetic only.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -61,10 +61,10 @@ def area_before(edges: Sequence[int], places: np.ndarray, causal: bool, window: 
     return whole[d] + _rows_area(into, length[d], causal, window)
 
 
-def scores_seen(edges: Sequence[int], causal: bool, windows: Sequence[int], n_layers: int) -> int:
-    """Visible scores of one head in all layers, whose windows (0: none) are taken in turn; no windows: none at all."""
+def scores_seen(edges: Sequence[int], causal: bool, windows: Sequence[int], layers: Iterable[int]) -> int:
+    """Visible scores of one head in these layers, whose windows (0: none) are taken in turn; no windows: none at all."""
     end = np.array([edges[-1]], np.int64)
-    by_layer = [windows[layer % len(windows)] or None if windows else None for layer in range(n_layers)]
+    by_layer = [windows[layer % len(windows)] or None if windows else None for layer in layers]
     return sum(int(area_before(edges, end, causal, window)[0]) for window in by_layer)
 
 

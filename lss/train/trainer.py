@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lss.comm import DEVICE, Watch, control
 from lss.config import Config
 from lss.config.errors import Failed, Refused
+from lss.config.hybrid import attention_layers, state_numbers
 from lss.data.bins import bins_told
 from lss.data.corpus import open_corpus
 from lss.data.loader import EvalLoader, Loader
@@ -135,15 +136,17 @@ class Trainer:
         """Model FLOPs of a step; documents of packed batches are taken to be alike on all dp ranks."""
         model, S, rows = self.config.model, self.seq_len, self.config.train.batch_size
         causal = model.kind != "encoder"
+        attending = attention_layers(model)
         documents = [batch.segment.documents for batch in batches if batch.segment is not None]
-        scores = [scores_seen(d, causal, model.windows, model.n_layers) for d in documents]
+        scores = [scores_seen(d, causal, model.windows, attending) for d in documents]
         total = rows * sum(scores) / max(len(scores), 1)
         if model.kind == "encoder_decoder":  # the encoder's own, and those of text to source
             source = -(-S // self.config.data.source_every)
-            total += rows * (scores_seen((0, source), False, model.windows, model.n_layers) + model.n_layers * S * source)
+            total += rows * (scores_seen((0, source), False, model.windows, attending) + model.n_layers * S * source)
         # a causal score matrix is counted as half a square, as everywhere
-        total -= rows * model.n_layers * S / 2 if causal and not model.windows and not self.config.data.packing else 0
-        return model_flops(self.subject.matrix_parameters, self.subject.attention_width, S, rows, total)
+        total -= rows * len(attending) * S / 2 if causal and not model.windows and not self.config.data.packing else 0
+        subject, states = self.subject, state_numbers(model)
+        return model_flops(subject.matrix_parameters, subject.attention_width, S, rows, total, states)
 
     def _say(self, line: str) -> None:
         if self.first:

@@ -13,6 +13,7 @@ PROBES = {
     "documents": {"documents", "future"},
     "window": {"window", "future"},
     "encoder": {"documents", "attention_mask"},
+    "hybrid": {"documents", "future"},
     "encoder-decoder": {"future"},
     "dropout": {"future"},
 }

@@ -34,8 +34,8 @@ def test_tiny_toml_shows_every_key_and_its_default():
     text = (ROOT / "configs" / "tiny.toml").read_text()
     shown = tomllib.loads(re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE))
     assert shown == Config().to_dict()
-    own = {"windows", "softcap", "sinks", "attention_dropout", "lora_rank", "lora_alpha", "lora_targets",
-           "rope_scaling", "rope_factor", "residual"}  # fmt: skip  # of no preset
+    own = {"softcap", "sinks", "attention_dropout", "lora_rank", "lora_alpha", "lora_targets", "rope_scaling", "rope_factor",
+           "residual", "scan_heads", "scan_width", "scan_state", "scan_groups", "conv_width"}  # fmt: skip  # of no preset
     assert set(tomllib.loads(text)["model"]) == {"preset", "hf"} | own
     assert load_config(ROOT / "configs" / "tiny.toml", ["model.preset=enwik8"]).model.d_model == 512
 
@@ -94,6 +94,13 @@ def test_preset_shapes():
         ("model.vocab_size=100", "256 or more"),
         ("model.preset=huge", '"llama-3.2-1b"'),
         ("model.tie_embeddings=1", "false or true"),
+        ("model.layers=sx", '"x" is no kind of layer; use a for attention'),
+        ("model.layers=s model.kind=encoder model.vocab_size=257", 'model.kind="encoder" reads in both directions'),
+        ("model.layers=sa data.prefix=4", 'data.prefix=4: model.layers="sa"'),
+        ("model.layers=sa parallel.strategy=tp", 'parallel.strategy="tp": model.layers="sa"'),
+        ("model.layers=sa model.scan_heads=7", "model.scan_heads=7: must divide the scan's width, 256"),
+        ("model.layers=sa model.scan_groups=3", "model.scan_groups=3: must divide model.scan_heads=8"),
+        ("model.scan_state=8", 'model.layers="" has no layer that scans'),
         ("parallel.order=zigzag", "parallel.order"),
         ("parallel.fsdp=1", "false or true"),
         ("parallel.fsdp_reshard=always", "\"auto\" or false or true"),

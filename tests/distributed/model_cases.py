@@ -12,7 +12,9 @@ from torch.nn.attention.flex_attention import create_mask
 import lss
 from lss.comm import count_collectives
 from lss.config import ModelConfig
+from lss.kernels.conv import conv_reference
 from lss.kernels.dropout import keyed_keep
+from lss.kernels.scan import scan_reference
 from lss.model import ModelOps, Transformer
 from lss.parallel import clip_grad_norm_, layout_of
 from tests.distributed.cases import visible
@@ -50,13 +52,16 @@ def batches(seq_len: int, rows: int, vocab: int, labels: str, count: int, seed: 
 def one_process(config, seq_len, dtype, data, dropout_seed=None, device="cpu", **given):
     """Loss of each micro-batch and every gradient on one process, all labels of all micro-batches in one mean.
 
-    Attention is `softmax_attention` below and the loss torch's, of all logits: plain, whole, by autograd.
+    Attention is `softmax_attention` below, a scan the loop over tokens, and convolution and loss torch's, of all logits:
+    plain, whole, by autograd.
     """
     model = Transformer(config, seq_len, seed=3).to(device, dtype)
     count = sum(int((labels != -100).sum()) for _, labels in data)
     edges = given.pop("edges", None)
     ops = ModelOps(attention=partial(softmax_attention, edges=edges), source_attention=softmax_attention,
-                   cross_attention=partial(softmax_attention, cross=True), loss=torch_loss)  # fmt: skip
+                   cross_attention=partial(softmax_attention, cross=True), loss=torch_loss,
+                   scan=partial(scan_reference, edges=tuple(edges or ())),
+                   conv=partial(conv_reference, edges=tuple(edges or ())))  # fmt: skip
     positions = torch.arange(seq_len, device=device)
     if edges is not None:
         positions = torch.cat([torch.arange(b - a, device=device) for a, b in pairwise(edges)])

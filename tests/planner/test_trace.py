@@ -28,6 +28,8 @@ RUNS = {
     "window": ["model.windows=[16,0]"],
     "bfloat16": ["train.dtype=bfloat16", "memory.checkpointing=attention"],
     "seq2seq": ["model.preset=tiny-encoder-decoder"],
+    "hybrid": ["model.layers=sba", "model.scan_state=8", "model.windows=[64]"],
+    "hybrid-full": ["model.layers=s", "model.scan_state=8", "memory.checkpointing=full", "train.dtype=bfloat16"],
     "learned": ["model.positions=learned", "model.dropout=0.1"],
 }
 

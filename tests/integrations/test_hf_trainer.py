@@ -22,13 +22,62 @@ def relative(a, b):
 @pytest.mark.parametrize("world, cp", [(2, 2), (2, 1), (4, 2)])
 def test_trainer_is_that_of_one_process(tmp_path, world, cp):
     # the same sequences a step: dp groups take two each, one process all of them
-    losses, norms, weights = pool(1).run(jobs.plain, 2 * (world // cp), str(tmp_path / "one"))[0]
-    for rank_losses, rank_norms, rank_weights in pool(world).run(jobs.cut, str(tmp_path / "cut"), cp, 2):
+    losses, norms, weights, _ = pool(1).run(jobs.plain, 2 * (world // cp), str(tmp_path / "one"))[0]
+    for rank_losses, rank_norms, rank_weights, _ in pool(world).run(jobs.cut, str(tmp_path / "cut"), cp, 2):
         assert len(rank_losses) == jobs.STEPS
         assert rank_losses == pytest.approx(losses, rel=2e-6)
         assert rank_norms == pytest.approx(norms, rel=2e-6)
         assert max(relative(rank_weights[name], weight) for name, weight in weights.items()) < 2e-6
     assert (tmp_path / "cut" / "saved" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "world, cp, held_out", [(2, 2, 8), (2, 2, 7), (2, 1, 8), (2, 1, 7), (2, 1, 5), (4, 2, 6), (4, 2, 9)]
+)
+def test_evaluation_inside_training_is_that_of_one_process(tmp_path, world, cp, held_out):
+    """Where the sequences do not fill the last batch too: those that fill it up are not counted."""
+    others = {"held_out": held_out}
+    *_, expected = pool(1).run(jobs.plain, 2 * (world // cp), str(tmp_path / "one"), others)[0]
+    assert len(set(expected)) == jobs.STEPS
+    for *_, found in pool(world).run(jobs.cut, str(tmp_path / "cut"), cp, 2, others):
+        assert found == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("world, cp", [(2, 2), (4, 2)])
+def test_a_run_goes_on_from_a_checkpoint_of_trainer(tmp_path, world, cp):
+    """Three steps, and one more from the save of the second, with AdamW's state, to the bit."""
+    others = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+    straight = pool(world).run(jobs.cut, str(tmp_path), cp, 2, others)
+    resumed = pool(world).run(jobs.cut, str(tmp_path), cp, 2, others | {"resume": 2})
+    for (losses, norms, weights, _), (again, norms_again, weights_again, _) in zip(straight, resumed, strict=True):
+        assert len(losses) == jobs.STEPS
+        assert (again, norms_again) == (losses, norms)  # those before the save are told by it
+        assert all((weights_again[name] == weight).all() for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("world, cp", [(2, 2), (4, 2)])
+def test_bfloat16_is_as_near_to_float32_as_on_one_process(tmp_path, world, cp):
+    rows, steps = 2 * (world // cp), {"max_steps": 1, "max_grad_norm": 1e9}
+    *_, start, _ = pool(1).run(jobs.plain, rows, str(tmp_path / "none"), steps | {"learning_rate": 0.0})[0]
+    (exact,), _, to, _ = pool(1).run(jobs.plain, rows, str(tmp_path / "one"), steps)[0]
+    *_, half_to, _ = pool(1).run(jobs.plain, rows, str(tmp_path / "half"), steps | {"bf16": True})[0]
+
+    def far(weights):
+        """How far the whole update is from that of float32."""
+        apart = sum(float((weights[name] - to[name]).double().square().sum()) for name in to)
+        return (apart / sum(float((to[name] - start[name]).double().square().sum()) for name in to)) ** 0.5
+
+    assert 1e-4 < far(half_to) < 0.1
+    for (loss,), _, weights, _ in pool(world).run(jobs.cut, str(tmp_path / "cut"), cp, 2, steps | {"bf16": True}):
+        assert 1e-4 < far(weights) < 1.25 * far(half_to)
+        assert loss == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("world, cp", [(2, 2), (4, 2)])
+def test_a_plain_loop_gathers_the_numbers_of_each_sequence_once(world, cp):
+    """Seven sequences, two a group and batch: tensors and objects, in their order, without what fills up the last batch."""
+    for tensors, objects in pool(world).run(jobs.gathered, cp, 7):
+        assert tensors == objects == list(range(7))
 
 
 def test_what_would_be_wrong_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Three steps of transformers' Trainer, on one process as it stands and on ranks with the mixin."""
+"""A few steps of transformers' Trainer, on one process as it stands and on ranks with the mixin."""
 
 from __future__ import annotations
 
@@ -30,34 +30,46 @@ def environment(rank, world, folder):
     return Path(folder)
 
 
-def arguments(folder, rows):
+def arguments(folder, rows, **others):
     from transformers import TrainingArguments
 
-    return TrainingArguments(
+    settings = dict(
         output_dir=str(folder), per_device_train_batch_size=rows, gradient_accumulation_steps=2, max_steps=STEPS,
         learning_rate=1e-2, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.5, logging_steps=1, report_to=[],
         save_strategy="no", use_cpu=True, disable_tqdm=True, seed=5, dataloader_pin_memory=False,
     )  # fmt: skip
+    return TrainingArguments(**settings | others)
 
 
-def train(make, model, folder, rows):
-    """(losses, norms, weights) of the steps, and what of the folder this rank has written."""
-    trainer = make(model=model, args=arguments(folder, rows), train_dataset=samples())
-    trainer.train()
+def train(make, model, folder, rows, held_out=0, resume=None, **others):
+    """(losses, norms, weights, held-out losses) of the steps; `resume` from that step's checkpoint, saved before.
+
+    `held_out` so many sequences are evaluated after every step.
+    """
+    if held_out:
+        others |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": rows}
+    data = {"train_dataset": samples(), "eval_dataset": samples(held_out)}
+    trainer = make(model=model, args=arguments(folder, rows, **others), **data)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(folder / f"checkpoint-{resume}"))
     told = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     trainer.save_model(str(folder / "saved"))
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return [entry["loss"] for entry in told], [float(entry["grad_norm"]) for entry in told], weights
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return [entry["loss"] for entry in told], [float(entry["grad_norm"]) for entry in told], weights, evaluated
 
 
-def plain(rows, folder):
+def plain(rows, folder, others=None):
     """One process, transformers alone."""
+    from accelerate.state import AcceleratorState
     from transformers import Trainer
 
-    return train(Trainer, build("llama", torch.float32), Path(folder), rows)
+    try:
+        return train(Trainer, build("llama", torch.float32), Path(folder), rows, **others or {})
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def cut(folder, cp, rows):
+def cut(folder, cp, rows, others=None):
     """A rank of the mesh; `rows` a cp group."""
     import torch.distributed as dist
     from transformers import Trainer
@@ -73,7 +85,33 @@ def cut(folder, cp, rows):
     environment(dist.get_rank(), dist.get_world_size(), folder)
     try:
         mesh = lss.init_mesh(cp=cp, dp=dist.get_world_size() // cp)
-        return train(Mixed, lss.parallelize(build("llama", torch.float32), mesh), Path(folder), rows)
+        return train(Mixed, lss.parallelize(build("llama", torch.float32), mesh), Path(folder), rows, **others or {})
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def gathered(cp, count):
+    """The numbers of `count` sequences, as a rank hears of them from `accelerator.gather_for_metrics`."""
+    import torch.distributed as dist
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from torch.utils.data import DataLoader
+
+    from lss.integrations.hf.trainer import prepare_accelerator
+
+    before = dict(os.environ)
+    environment(dist.get_rank(), dist.get_world_size(), ".")
+    try:
+        mesh = lss.init_mesh(cp=cp, dp=dist.get_world_size() // cp)
+        accelerator = Accelerator(cpu=True)
+        prepare_accelerator(accelerator, lss.parallelize(build("llama", torch.float32), mesh))
+        tensors, objects = [], []
+        for batch in accelerator.prepare(DataLoader(torch.arange(count), batch_size=2)):
+            tensors += accelerator.gather_for_metrics(batch).tolist()
+            objects += accelerator.gather_for_metrics(batch.tolist(), use_gather_object=True)
+        return tensors, objects
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.clear()

@@ -587,4 +587,32 @@ MUTANTS = (
         "conv=partial(cut_conv, comm=self.cp, segment=replace(segment, edges=())))",
         ("tests/distributed/test_hybrid.py::test_gradients_equal_one_process",),
     ),
+    Mutant(
+        "Trainer's evaluation counts a cp group once for each of its ranks",
+        "lss/integrations/hf/trainer.py",
+        'firsts = layout.mesh["dp", "cp"].mesh[:, 0].tolist()',
+        "firsts = list(range(layout.all.size))",
+        ("tests/integrations/test_hf_trainer.py",),
+    ),
+    Mutant(
+        "Trainer's evaluation counts the sequences that fill up the last batch",
+        "lss/integrations/hf/trainer.py",
+        "labels[max(0, state.remainder - layout.dp.rank * len(labels)) :] = -100",
+        "pass",
+        ("tests/integrations/test_hf_trainer.py",),
+    ),
+    Mutant(
+        "Trainer counts each label once for each rank of a cp group",
+        "lss/integrations/hf/trainer.py",
+        "        return self._layout.cp.size\n",
+        "        return 1\n",
+        ("tests/integrations/test_hf_trainer.py",),
+    ),
+    Mutant(
+        "Trainer's loss is multiplied by the number of ranks",
+        "lss/integrations/hf/trainer.py",
+        'return (outputs["loss"], outputs) if return_outputs else outputs["loss"]',
+        'return (outputs["loss"], outputs) if return_outputs else outputs["loss"] * self._layout.all.size',
+        ("tests/integrations/test_hf_trainer.py",),
+    ),
 )

@@ -11,11 +11,11 @@ from tests.distributed.pool import mesh
 
 
 def needle(cp, length, steps):
-    """The needle example at a small size: its weights and its answers."""
+    """The needle example at a small size: its weights and its answers, of a model whose second half of steps is longer."""
     from examples.needle import accuracy, train
 
     settings = Namespace(seed=0, lr=3e-3, tokens=2 * length, steps=steps)
-    model = train(length, settings, mesh(cp))
+    model = train((length // 2, length), length // 2, settings, mesh(cp))
     return {name: p.detach() for name, p in model.named_parameters()}, accuracy(model, 2 * length, 3, mesh(cp))
 
 

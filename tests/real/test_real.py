@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.markov import GRID, bits, count, main, words
-from examples.needle import KEYS, draw
+from examples.needle import NEEDLES, VALUES, draw
 from lss.data.tokens import TokenCorpus
 from tests.distributed.pool import pool
 from tests.integrations.ranks import hf_pool
@@ -21,27 +21,30 @@ needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reaso
 
 
 @pytest.mark.parametrize("length", [64, 512])
-def test_each_needle_stands_once_where_its_question_says(length):
+def test_each_question_names_one_needle_before_it_and_its_label_is_the_value(length):
     tokens, labels, distances = draw(3, length, torch.Generator().manual_seed(1))
-    rows, places = torch.nonzero(labels >= 0, as_tuple=True)
-    assert len(rows) == 3 * length // 8
-    for row, at in zip(rows.tolist(), places.tolist(), strict=True):
-        before = at - int(distances[row, at])
-        assert tokens[row, before] == tokens[row, at] < KEYS
-        assert tokens[row, before + 1] == labels[row, at] >= KEYS
-        assert int((tokens[row, :at] == tokens[row, at]).sum()) == 1
+    needles = tokens < NEEDLES
+    assert needles.sum(1).tolist() == [length // 8] * 3
+    assert ((labels < 0) == needles).all()
+    for row, at in torch.nonzero(~needles).tolist():
+        found = [i for i in range(at) if needles[row, i] and tokens[row, i] // VALUES == tokens[row, at] - NEEDLES]
+        assert found == [at - int(distances[row, at])]
+        assert tokens[row, found[0]] % VALUES == labels[row, at]
+    for row in range(3):
+        assert len((tokens[row][needles[row]] // VALUES).unique()) == length // 8
     far = distances[distances > 0]
-    assert int((far < 16).sum()) > len(far) // 10
-    assert int((far >= length // 4).sum()) > len(far) // 20
+    assert int((far < 16).sum()) > len(far) // 4
+    assert int((far >= length // 2).sum()) > len(far) // 40
+    assert 0.5 / VALUES < (labels[~needles] == 0).double().mean() < 2 / VALUES
 
 
 def test_the_needle_example_is_the_same_on_one_rank_and_on_two():
-    ((one, answers),) = pool(1).run(needle, 1, 32, 3)
-    for weights, found in pool(2).run(needle, 2, 32, 3):
+    ((one, answers),) = pool(1).run(needle, 1, 32, 4)
+    for weights, found in pool(2).run(needle, 2, 32, 4):
         for name, weight in one.items():
             assert (weights[name] - weight).norm() <= 2e-5 * weight.norm()
         assert found == answers
-    assert sum(questions for *_, questions in answers) == 3 * 64 // 8
+    assert sum(questions for *_, questions in answers) == 3 * 64 * 7 // 8
 
 
 def genome(folder, bases):

@@ -33,10 +33,10 @@ def lay_out_of(model: Any) -> Any:
 def prepare_accelerator(accelerator: Any, model: nn.Module) -> None:
     """Have this `Accelerator` leave gradients to the model, and share out batches over the dp axis alone.
 
-    From then on `accelerator.prepare(model, optimizer, loader)` wraps the model in nothing, and all ranks of a cp group get
-    the same batches. Only this accelerator is changed. In the loop the loss is not divided: give the global
-    `num_items_in_batch` of the whole step, `gradient_accumulation_steps=1` to the accelerator, and run every micro-batch but
-    the last under `model.no_sync()`.
+    From then on `accelerator.prepare(model, optimizer, loader)` wraps the model in nothing, all ranks of a cp group get the
+    same batches, and `accelerator.gather_for_metrics` tells what a cp group has once. Only this accelerator is changed. In
+    the loop the loss is not divided: give the global `num_items_in_batch` of the whole step and
+    `gradient_accumulation_steps=1` to the accelerator, and run every micro-batch but the last under `model.no_sync()`.
 
     Raises:
         Refused: the model is not laid out, or the accelerator splits models or batches in a way of its own.
@@ -55,6 +55,8 @@ def prepare_accelerator(accelerator: Any, model: nn.Module) -> None:
         raise refuse("num_processes", accelerator.num_processes, fit)
     accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)  # without a wrapper
     accelerator.prepare_data_loader = partial(_over_dp, accelerator, layout)
+    if layout.all.size > 1:
+        accelerator.gather_for_metrics = partial(_once_a_group, accelerator, layout)
 
 
 def _over_dp(accelerator: Any, layout: Any, loader: DataLoader, device_placement: bool | None = None, **_: Any) -> Any:
@@ -85,6 +87,26 @@ def _over_dp(accelerator: Any, layout: Any, loader: DataLoader, device_placement
     return prepared
 
 
+def _once_a_group(accelerator: Any, layout: Any, data: Any, use_gather_object: bool = False) -> Any:
+    """What the first rank of each cp group has, in the order of the groups; without what filled up the last batch.
+
+    Accelerate's own takes what all ranks have for different sequences' and cuts its end off.
+    """
+    from accelerate.utils import gather_object, recursively_apply
+
+    firsts = layout.mesh["dp", "cp"].mesh[:, 0].tolist()
+    state = accelerator.gradient_state
+    stop = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+    if use_gather_object:
+        told = gather_object([data])
+        return [entry for rank in firsts for entry in told[rank]][:stop]
+
+    def chosen(tensor: Any) -> Any:
+        return tensor.unflatten(0, (layout.all.size, -1))[firsts].flatten(0, 1)[:stop]
+
+    return recursively_apply(chosen, accelerator.gather(data))
+
+
 class LSSTrainerMixin:
     """`class MyTrainer(LSSTrainerMixin, Trainer)`: transformers' `Trainer` on a model of `lss.parallelize`.
 
@@ -93,7 +115,8 @@ class LSSTrainerMixin:
 
     `per_device_train_batch_size` is of a cp group: the ranks of one group read the same sequences, and groups different
     ones. `num_items_in_batch` counts each label once. The loss that is logged is the global one and the norm that of
-    the whole gradient, as on one process; the first rank saves. Evaluation tells the loss alone.
+    the whole gradient, as on one process; the first rank saves. Evaluation tells the loss alone, that of one process with
+    batches of all groups' sequences.
 
     Collectives: those of the model, and Trainer's own of counts and losses.
 
@@ -111,10 +134,21 @@ class LSSTrainerMixin:
         trainer.args.prediction_loss_only = True  # logits stay on their ranks, in parts
         trainer.model_accepts_loss_kwargs = True  # the model's hooks take num_items_in_batch, whatever its class does
         prepare_accelerator(trainer.accelerator, model)
+        trainer.gather_function = trainer.accelerator.gather_for_metrics
 
     def get_cp_size(self) -> int:
         """Ranks that read the same batch: Trainer divides counts of labels and of ranks by it."""
         return self._layout.cp.size
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *others: Any, **named: Any) -> Any:
+        """As Trainer's, of the sequences of the data alone: those that fill up the last batch have no labels."""
+        state, layout = self.accelerator.gradient_state, self._layout  # type: ignore[attr-defined]
+        if layout.dp.size > 1 and state.end_of_dataloader and state.remainder > 0:
+            masked = {name: inputs[name].clone() for name in ("labels", "shift_labels") if name in inputs}
+            for labels in masked.values():
+                labels[max(0, state.remainder - layout.dp.rank * len(labels)) :] = -100
+            inputs = {**inputs, **masked}
+        return super().prediction_step(model, inputs, *others, **named)  # type: ignore[misc]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

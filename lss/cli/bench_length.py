@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 GRANULE = {"cuda": 1024, "cpu": 64}
 UPTO = 1 << 24
+WHY = 200  # characters of what an allocator says
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def _search(
         trial = Trial(tokens, told["status"], told.get("peak_bytes"), told.get("limit_bytes"), told.get("ms"))
         peaks[tokens, count] = trial.peak_bytes
         peak = "" if trial.peak_bytes is None else f", {trial.peak_bytes / 2**30:.3f} GiB"
-        print(f"  {candidate.name}: {tokens:,} tokens, {count} layers: {trial.status}{peak}", flush=True)
+        why = f" ({told['why']})" if trial.status == "oom" and "why" in told else ""  # other reasons are the status itself
+        print(f"  {candidate.name}: {tokens:,} tokens, {count} layers: {trial.status}{why}{peak}", flush=True)
         return trial
 
     granule = options.granule or granule
@@ -213,7 +215,8 @@ def trial(options: argparse.Namespace) -> int:
         result = _try(wanted)
     except Exception as error:
         # the first rank to run short says so; what the others then lose is told by none
-        _tell(file, {"status": status_of(error)})
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:WHY]
+        _tell(file, {"status": status_of(error), "why": why})
         sys.stdout.flush()
         os._exit(1)  # the others may wait for this rank in a collective, which nothing else would end
     if (environment := rank_environment()) is None or environment.rank == 0:

@@ -140,6 +140,12 @@ def test_the_command_starts_its_own_processes(tmp_path):
     assert json.loads(file.read_text())["options"] == {"memory": "0.01 GiB"}
 
 
+def test_what_ran_short_is_told(capsys):
+    line = ["bench", "length", *SMALL, "--memory", "0.00001", "--start", "128", "--upto", "128", "--steps", "1"]
+    main(line)
+    assert ": oom (out of memory: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("line, said", [
     (["--layers", "3,1"], "--layers=3,1"), (["--layers", "2"], "--layers=2: one point"), (["--granule", "0"], "--granule=0"),
     (["model.kind=encoder", "model.vocab_size=300"], "model.kind"),

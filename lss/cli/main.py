@@ -140,6 +140,8 @@ def _add_plan(verbs: Any) -> None:
     question.add_argument("--calibrate", metavar="FILE.json", help="measure this machine, and write what --gpu then reads")
     plan.add_argument("--nproc", type=int, metavar="N", help="with --calibrate: start N ranks on this machine")
     plan.add_argument("--seconds", type=float, default=600.0, metavar="T", help="of --calibrate: nothing long starts later")
+    question.add_argument("--compare", action="store_true", help="every strategy, over ranks (to --gpus) and lengths")
+    plan.add_argument("--out", metavar="DIR", help="with --compare: write rows, tables and plots there")
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -225,6 +227,26 @@ def _expand_segments() -> None:
         os.environ[names[0]] = "expandable_segments:True"
 
 
+def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
+    if options.out is not None and not options.compare:
+        raise refuse("--out", options.out, "only --compare writes there; leave it out")
+    if options.calibrate:
+        from lss.cli.plan_calibrate import calibrate
+
+        return calibrate(options, arguments)
+    if options.compare:
+        from lss.cli.plan_compare import compare
+
+        return compare(options)
+    if options.search or options.longest or options.fewest:
+        from lss.cli.plan_search import search
+
+        return search(options)
+    from lss.cli.plan import plan
+
+    return plan(options)
+
+
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.verb in ("train", "bench", "eval", "generate"):
         _expand_segments()
@@ -250,17 +272,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
         return generate(options, arguments)
     if options.verb == "plan":
-        if options.calibrate:
-            from lss.cli.plan_calibrate import calibrate
-
-            return calibrate(options, arguments)
-        if options.search or options.longest or options.fewest:
-            from lss.cli.plan_search import search
-
-            return search(options)
-        from lss.cli.plan import plan
-
-        return plan(options)
+        return _plan(options, arguments)
     if options.verb == "bench":
         from lss.cli.bench import bench
 

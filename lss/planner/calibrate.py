@@ -28,6 +28,7 @@ LENGTHS = {"cuda": (2048, 8192, 32768, 131072), "cpu": (256, 512, 1024, 2048)}
 WIDTHS = {"cuda": (2048, 4096, 8192), "cpu": (256, 512, 1024)}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 MESSAGES = {"cuda": (1 << 20, 1 << 24, 1 << 28), "cpu": (1 << 16, 1 << 20, 1 << 24)}
+LEAST_START = 1e-6
 # Where nothing was measured, since there is but one device or one host: a guess that the source names.
 UNKNOWN_LINK, UNKNOWN_NETWORK, UNKNOWN_WATTS = 50 * GIGA, 12.5 * GIGA, {"cuda": 700.0, "cpu": 150.0}
 
@@ -54,7 +55,7 @@ class Bench:
         kind, began = self.device.type, time.monotonic()
         attention = {size: self._attention(size, began) for size in HEAD_SIZES}
         matrices = self._matrices()
-        link = self._link() if self.comm.size > 1 else UNKNOWN_LINK
+        link, start = self._link() if self.comm.size > 1 else (UNKNOWN_LINK, Hardware.start)
         alone = "" if self.comm.size > 1 else "the link between devices, "
         host = all_memory() / self.comm.size
         memory = torch.cuda.get_device_properties(self.device).total_memory if kind == "cuda" else host
@@ -63,7 +64,7 @@ class Bench:
             name, float(memory), peak_flops(name) or max(matrices, best), matrices, attention, self._bandwidth(), link,
             min(link, UNKNOWN_NETWORK), self.comm.size, UNKNOWN_WATTS[kind], host, True,
             f"measured on this machine by lss plan --calibrate; {alone}the network and power are guesses",
-            host_link=self._host_link() if kind == "cuda" else HOST_LINK,
+            host_link=self._host_link() if kind == "cuda" else HOST_LINK, start=start,
         )  # fmt: skip
 
     # -- rates ---------------------------------------------------------------------------------------------------------
@@ -112,16 +113,19 @@ class Bench:
         self.say(f"host to device {rates[0] / 1e9:.4g} GB/s, back {rates[1] / 1e9:.4g}")
         return min(rates)
 
-    def _link(self) -> float:
-        """Bytes/s that a rank receives from others in an all-gather: the best over message sizes."""
-        rates = []
+    def _link(self) -> tuple[float, float]:
+        """Bytes/s that a rank receives from others in an all-gather, the best over message sizes; and seconds to its start,
+        which the smallest message takes beyond that."""
+        rates, times, others = [], [], self.comm.size - 1
         for size in MESSAGES[self.device.type]:
             mine = self._random(size // 4, dtype=torch.float32)
             took = self._time(lambda: self.comm.all_gather(mine, 0, "bench").wait())  # noqa: B023
-            rates.append((self.comm.size - 1) * size / took)
+            times.append((others * size, took))
+            rates.append(others * size / took)
             told = f"{rates[-1] / 1e9:.4g} GB/s, {1e6 * took:,.0f} microseconds"
             self.say(f"all-gather of {size / 2**20:g} MiB a rank: {told}")
-        return max(rates)
+        size, took = times[0]
+        return max(rates), max(took - size / max(rates) - others * Hardware.hop, LEAST_START)
 
     # -- how -----------------------------------------------------------------------------------------------------------
 

@@ -1,29 +1,43 @@
-"""A step of any length and depth, from four short traces of it: of two and of three blocks (or rounds of blocks of several
-kinds), at two lengths each.
+"""A step of any length, depth and number of ranks, from a few short traces of it.
+
+Depth is counted in blocks, or in rounds of blocks of several kinds.
 
 A trace at full length would take as many operations as there are tiles. So two short lengths are traced, and what grows is
 drawn out to the run's own length: each allocation, after which the moment of most bytes is looked for, the FLOPs of matrix
-products and the bytes of collectives. All grow linearly. What blocks add is the difference of the two models.
+products and the bytes of collectives. All grow linearly. What blocks add is the difference of the models of two and three.
+Ranks beyond many are drawn out likewise from fewer, with as many tokens each.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
+from lss.comm.counter import Tally
 from lss.config import Config
-from lss.context_parallel import count_head_chunks, count_token_chunks
+from lss.context_parallel import count_head_chunks, count_inner, count_token_chunks
 from lss.offload.saved import LEAST_BYTES
 from lss.planner.ledger import Ledger, Peak, stretch
 from lss.planner.trace import StepTrace, trace_step
 
 # Tokens a rank of the shorter trace; the longer one has twice as many.
 SHORT = 1024
-# Tiles of a trace at most; their number does not grow with the length, and so nor does the trace.
-TILES = 8
+# Tiles of a trace at most, and runs of tokens that are gathered; their number does not grow with the length.
+TILES, RUNS = 8, 2
+# What is exchanged, and gathered, is a line over the ranks, as many tokens a rank given. More ranks than these are drawn out
+# from fewer: of a ring, whose every hop is traced, from two small ones; else from so many hosts. Where keys come in runs of
+# tokens, of which each has parts of every rank's, a trace takes time for each part, and so many hosts stand for more.
+MANY_IN_RING, RINGS = 16, (4, 8)
+MANY_HOSTS, HOSTS = 128, (32, 64)
+IN_RUNS = 2
+_KEYS, _GATHERED = ("kv", "dkv"), "gathered keys"
+
+_Call = tuple[str, str, "str | None"]
+_Calls = dict[_Call, Tally]
 
 
 @dataclass(frozen=True)
@@ -33,24 +47,68 @@ class Drawn:
     Attributes:
         peak: the moment of most memory.
         products: FLOPs of matrix products.
-        payload: bytes of collectives by purpose.
+        collectives: calls, elements and bytes by (kind, purpose, link).
+        ledger: all allocations; None where not the same ones are made at each length.
     """
 
     peak: Peak
     products: float
-    payload: dict[str, int]
+    collectives: _Calls
+    ledger: Ledger | None = None
 
     @classmethod
-    def of(cls, trace: StepTrace) -> Drawn:
+    def of(cls, trace: StepTrace, ledger: Ledger | None = None) -> Drawn:
         """What was traced, as it is."""
-        payload: Counter[str] = Counter()
-        for (_, purpose, _), tally in trace.collectives.items():
-            payload[purpose] += tally.bytes
-        return cls(trace.peak, float(trace.products), dict(payload))
+        return cls(ledger.peak() if ledger else trace.peak, float(trace.products), trace.collectives, ledger)
+
+    @property
+    def payload(self) -> dict[str, int]:
+        """Bytes of collectives by purpose."""
+        return self._by_purpose(lambda tally: tally.bytes)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Numbers of collectives by purpose."""
+        return self._by_purpose(lambda tally: tally.calls)
+
+    def _by_purpose(self, of: Callable[[Tally], int]) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for (_, purpose, _), tally in self.collectives.items():
+            found[purpose] += of(tally)
+        return dict(found)
+
+
+class Traces:
+    """Takes traces and keeps them: plans that differ in the sequence's length alone are drawn from the same ones."""
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[str, int, int | None], tuple[Ledger, StepTrace]] = {}
+
+    def of(self, config: Config, granularity: int, ranks_per_node: int | None, most_logits: int) -> Drawn:
+        """A step as `trace_step` finds it, with its ledger."""
+        key = repr(config), granularity, ranks_per_node
+        if key not in self._taken:
+            ledger = Ledger(granularity, config.model.vocab_size)
+            trace = trace_step(config, granularity=granularity, ranks_per_node=ranks_per_node, ledger=ledger)
+            self._taken[key] = ledger, trace
+        ledger, trace = self._taken[key]
+        ledger.most_logits = most_logits  # which is by the run's length
+        return Drawn.of(trace, ledger)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How traces are taken, as of `draw`."""
+
+    logits: int
+    granularity: int
+    ranks_per_node: int | None
+    traces: Traces
 
 
 def draw(
-    config: Config, logits: int, *, granularity: int = 1, ranks_per_node: int | None = None, kernel: str = "auto"
+    config: Config, logits: int, *, granularity: int = 1, ranks_per_node: int | None = None, kernel: str = "auto",
+    traces: Traces | None = None,
 ) -> Drawn:
     """A step of rank 0. Packed documents are taken for one text. No process group may be there.
 
@@ -60,11 +118,12 @@ def draw(
         granularity: bytes that an allocation is rounded up to.
         ranks_per_node: neighbours that share a host; all by default.
         kernel: of attention: "traced" stands for that of a GPU.
+        traces: those that earlier plans took.
 
     Raises:
         Refused: what the layout refuses.
     """
-    blocks = config.model.n_layers
+    way, blocks = _Way(logits, granularity, ranks_per_node, traces or Traces()), config.model.n_layers
     config = replace(
         config,
         data=replace(config.data, packing=False),
@@ -72,8 +131,7 @@ def draw(
     )
 
     def of_blocks(count: int) -> Drawn:
-        model = replace(config.model, n_layers=count)
-        return _of_length(replace(config, model=model), logits, granularity, ranks_per_node)
+        return _of_ranks(replace(config, model=replace(config.model, n_layers=count)), way)
 
     # layers of several kinds come again after so many; models of whole rounds are compared
     round_of = max(1, len(config.model.layers))
@@ -91,29 +149,110 @@ def draw(
     peak = replace(more.peak, bytes=whole(few.peak.bytes, more.peak.bytes), classes=classes,
                    host=whole(few.peak.host, more.peak.host))  # fmt: skip
     products = few.products + (more.products - few.products) * rounds
-    return Drawn(peak, products, _by_name(whole, few.payload, more.payload))
+    return Drawn(peak, products, _by_call(whole, few.collectives, more.collectives))
 
 
 def _by_name(of: Callable[[int, int], int], a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
     return {name: of(a.get(name, 0), b.get(name, 0)) for name in a | b}
 
 
-def _chunks(config: Config, rows: int) -> dict[str, int | str]:
-    """The groups of heads and runs of tokens that are gathered one after another at the config's own length."""
-    parallel, model = config.parallel, config.model
-    if parallel.strategy != "lss":
-        return {"token_chunks": "auto"}
-    cp = parallel.cp
+def _by_call(of: Callable[[int, int], int], a: _Calls, b: _Calls) -> _Calls:
+    none, found = Tally(), {}
+    for call in a | b:
+        x, y = a.get(call, none), b.get(call, none)
+        found[call] = Tally(of(x.calls, y.calls), of(x.elements, y.elements), of(x.bytes, y.bytes))
+    return found
+
+
+def _of_ranks(config: Config, way: _Way) -> Drawn:
+    """A step with the config's number of blocks; of many ranks drawn out from few."""
+    config, runs = _with_chunks(config, way.ranks_per_node)
+    cp, few = config.parallel.cp, _few_ranks(config, way.ranks_per_node)
     assert isinstance(cp, int)
+    tokens, steps = -(-config.data.seq_len // cp), []
+    for n in few:
+        fewer = replace(config, parallel=replace(config.parallel, cp=n), data=replace(config.data, seq_len=n * tokens))
+        fewer = config if n == cp else fewer
+        steps.append(_of_length(fewer, replace(way, ranks_per_node=way.ranks_per_node and min(way.ranks_per_node, n))))
+    if len(few) == 2:
+        return _line(steps[0], steps[1], (cp - few[0]) / (few[1] - few[0]), way.logits)
+    return _more_keys(steps[0], cp / few[0], runs, config.parallel.regather)
+
+
+def _few_ranks(config: Config, ranks_per_node: int | None) -> tuple[int] | tuple[int, int]:
+    """The number or the two numbers of ranks that stand for the config's, where those are too many to trace; else itself."""
+    parallel, cp = config.parallel, config.parallel.cp
+    assert isinstance(cp, int)
+    if parallel.fsdp:  # each rank's share of the weights shrinks
+        return (cp,)
+    if parallel.strategy == "ring":
+        return RINGS if cp > MANY_IN_RING else (cp,)
+    if not ranks_per_node or cp % ranks_per_node:
+        return (cp,)
+    if parallel.strategy == "lss" and parallel.token_chunks != 1:
+        return (min(cp, IN_RUNS * ranks_per_node),)
+    few = HOSTS[0] * ranks_per_node, HOSTS[1] * ranks_per_node
+    uneven = isinstance(parallel.inner, int) and any(n % parallel.inner for n in few)
+    return (cp,) if uneven or cp <= MANY_HOSTS * ranks_per_node else few
+
+
+def count_chunks(config: Config, ranks_per_node: int | None) -> int:
+    """How many gathers, one after another, bring a layer's keys: groups of heads by runs of tokens; else 1."""
+    model, parallel = config.model, config.parallel
+    if not parallel.strategy.startswith("lss"):
+        return 1
+    config, runs = _with_chunks(config, ranks_per_node)
+    heads, traced, cp = config.parallel.head_chunks, config.parallel.token_chunks, parallel.cp
+    assert isinstance(heads, int)
+    assert isinstance(traced, int)
+    assert isinstance(cp, int)
+    inner = count_inner(parallel.inner, parallel.strategy, model.n_kv_heads, cp, ranks_per_node or cp)
+    return min(heads, -(-model.n_kv_heads // inner)) * round(traced * runs)
+
+
+def _with_chunks(config: Config, ranks_per_node: int | None) -> tuple[Config, float]:
+    """With the head and token chunks that "auto" is at the run's own length, which a short trace would not choose.
+
+    Returns:
+        the config, and how many times as many runs of tokens as it says there are, where those are too many to trace.
+    """
+    parallel, model, cp = config.parallel, config.model, config.parallel.cp
+    assert isinstance(cp, int)
+    if not parallel.strategy.startswith("lss"):
+        return config, 1.0
+    rows = config.train.batch_size // config.train.accumulate // parallel.dp
     half = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     shape = rows, -(-config.data.seq_len // cp), model.n_kv_heads, model.d_model // model.n_heads
-    keys, gathering = torch.empty(shape, dtype=half, device="meta"), cp > 1 and not model.windows
-    return {"head_chunks": count_head_chunks(parallel.head_chunks, "lss", keys, cp, n_heads=model.n_heads),
-            "token_chunks": count_token_chunks(parallel.token_chunks, "lss", keys, cp, gathering)}  # fmt: skip
+    keys = torch.empty(shape, dtype=half, device="meta")
+    inner = count_inner(parallel.inner, parallel.strategy, model.n_kv_heads, cp, ranks_per_node or cp)
+    gathering = cp > 1 and not model.windows and model.kind != "encoder_decoder"
+    heads = count_head_chunks(parallel.head_chunks, parallel.strategy, keys, cp, inner, model.n_heads)
+    runs = count_token_chunks(parallel.token_chunks, parallel.strategy, keys, cp, gathering)
+    traced = min(runs, RUNS)
+    return replace(config, parallel=replace(parallel, head_chunks=heads, token_chunks=traced)), runs / traced
 
 
-def _of_length(config: Config, logits: int, granularity: int, ranks_per_node: int | None) -> Drawn:
-    """The same of a model that is traced with all its blocks."""
+def _more_keys(step: Drawn, ranks: float, runs: float, regather: bool) -> Drawn:
+    """With so many times as many ranks, whose keys are gathered in so many times as many runs of tokens, or kept."""
+    held = ranks / runs if regather else ranks
+    if ranks == runs == 1.0:
+        return step
+
+    def of(tally: Tally) -> Tally:
+        return Tally(round(runs * tally.calls), round(ranks * tally.elements), round(ranks * tally.bytes))
+
+    calls = {call: of(tally) if call[1] in _KEYS else tally for call, tally in step.collectives.items()}
+    if step.ledger is None:
+        classes = dict(step.peak.classes)
+        classes[_GATHERED] = round(classes.get(_GATHERED, 0) * held)
+        return replace(step, peak=replace(step.peak, bytes=sum(classes.values()), classes=classes), collectives=calls)
+    ledger = stretch(step.ledger, step.ledger, 0.0, sys.maxsize)
+    ledger.shrink(_GATHERED, held)
+    return replace(step, peak=ledger.peak(), ledger=ledger, collectives=calls)
+
+
+def _of_length(config: Config, way: _Way) -> Drawn:
+    """A step of ranks that are all traced; of a long sequence drawn out from two short ones."""
     cp, length = config.parallel.cp, config.data.seq_len
     assert isinstance(cp, int)
     rows = config.train.batch_size // config.train.accumulate // config.parallel.dp
@@ -123,36 +262,39 @@ def _of_length(config: Config, logits: int, granularity: int, ranks_per_node: in
         short = max(short, -(-LEAST_BYTES // (2 * rows * key_width)))
     # of the products' own dtype, that of them and that of their gradient
     half = 2 if config.train.dtype == "bfloat16" else 4
-    most = 2 * min(logits, rows * -(-length // cp) * config.model.vocab_size * half) if config.train.compile else 0
+    most = 2 * min(way.logits, rows * -(-length // cp) * config.model.vocab_size * half) if config.train.compile else 0
     if length <= 2 * short * cp:
-        ledger = Ledger(granularity, config.model.vocab_size, most_logits=most)
-        return Drawn.of(trace_step(config, granularity=granularity, ranks_per_node=ranks_per_node, ledger=ledger))
+        return way.traces.of(config, way.granularity, way.ranks_per_node, most)
     tiles = 1
-    while tiles < TILES and rows * length // cp * config.model.vocab_size * 4 > tiles * logits:
+    while tiles < TILES and rows * length // cp * config.model.vocab_size * 4 > tiles * way.logits:
         tiles *= 2
-    chunks = _chunks(config, rows)
-    found: list[tuple[Ledger, Drawn]] = []
+    steps = []
     for tokens in (short, 2 * short):
-        ledger = Ledger(granularity, config.model.vocab_size, most_logits=most)
         shorter = replace(
             config,
             data=replace(config.data, seq_len=tokens * cp),
-            parallel=replace(config.parallel, **chunks),
             memory=replace(config.memory, tiles=-(-rows * tokens // tiles)),
         )
-        trace = trace_step(shorter, granularity=granularity, ranks_per_node=ranks_per_node, ledger=ledger)
-        found.append((ledger, Drawn.of(trace)))
-    (first, less), (second, long) = found
-    factor = (length / cp - short) / short
+        steps.append(way.traces.of(shorter, way.granularity, way.ranks_per_node, most))
+    return _line(steps[0], steps[1], (length / cp - short) / short, way.logits)
+
+
+def _line(less: Drawn, more: Drawn, factor: float, logits: int) -> Drawn:
+    """The step that lies on the line through two others: at factor 0 the one, at 1 the other."""
 
     def drawn(a: float, b: float) -> int:
         return round(a + factor * (b - a))
 
+    ledger = None
     try:
-        peak = stretch(first, second, factor, logits).peak()
-    except ValueError:  # chosen otherwise by length: the peaks themselves are drawn out
-        classes = {name: drawn(n, long.peak.classes.get(name, n)) for name, n in less.peak.classes.items()}
-        host = round(less.peak.host + factor * (long.peak.host - less.peak.host))
-        peak = replace(long.peak, bytes=sum(classes.values()), classes=classes, host=host)
-    products = less.products + factor * (long.products - less.products)
-    return Drawn(peak, products, _by_name(drawn, less.payload, long.payload))
+        if less.ledger is not None and more.ledger is not None:
+            ledger = stretch(less.ledger, more.ledger, factor, logits)
+    except ValueError:  # other allocations at one length than at the other
+        pass
+    if ledger is not None:
+        peak = ledger.peak()
+    else:  # the peaks themselves are drawn out
+        classes = {name: drawn(n, more.peak.classes.get(name, n)) for name, n in less.peak.classes.items()}
+        peak = replace(more.peak, bytes=sum(classes.values()), classes=classes, host=drawn(less.peak.host, more.peak.host))
+    products = less.products + factor * (more.products - less.products)
+    return Drawn(peak, products, _by_call(drawn, less.collectives, more.collectives), ledger)

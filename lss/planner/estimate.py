@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lss.config import Config
-from lss.planner.drawn import Drawn, draw
+from lss.planner.drawn import Drawn, Traces, draw
 from lss.planner.ledger import Peak
 from lss.planner.remedies import parts, remedies, size
 from lss.tiled import LOGITS_BYTES, PART_OF_GPU, tile_budget
@@ -14,7 +14,7 @@ from lss.train.memory import host_state_bytes, sequence_bytes, state_bytes
 
 def step_drawn(
     config: Config, *, device: torch.device | None = None, granularity: int = 1, memory: int | None = None,
-    ranks_per_node: int | None = None,
+    ranks_per_node: int | None = None, traces: Traces | None = None,
 ) -> Drawn:
     """A step of rank 0, drawn out from short traces of two and three blocks.
 
@@ -27,6 +27,7 @@ def step_drawn(
         granularity: bytes that an allocation is rounded up to.
         memory: bytes of a GPU that is not here, in place of `device`.
         ranks_per_node: neighbours that share a host; all by default.
+        traces: those that earlier plans took.
 
     Raises:
         Refused: what the layout refuses.
@@ -36,7 +37,7 @@ def step_drawn(
     budget = budget if memory is None else min(LOGITS_BYTES, memory // PART_OF_GPU)
     logits = 4 * V * tiles if isinstance(tiles, int) else budget
     kernel = "auto" if memory is None and (device is None or device.type == "cpu") else "traced"
-    return draw(config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel)
+    return draw(config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces)
 
 
 def estimate(config: Config, *, device: torch.device | None = None, granularity: int = 1) -> Peak:

@@ -38,8 +38,12 @@ class Hardware:
         watts: what a device takes under load.
         host: bytes of host memory for each device.
         measured: whether rates were measured, by this library's benches or others'.
-        source: of the numbers.
+        source: of the numbers, but those of `start` and hops, which are the same for all: the latencies by which NCCL
+            chooses (NVIDIA/nccl, src/graph/tuning.cc: ring, simple protocol, NVLink and network). RCCL began as NCCL; that
+            AMD's devices are alike is a guess.
         host_link: bytes/s between a device and pinned memory of its host, each way.
+        start, hop, network_hop: seconds until a collective begins, and that a message takes to the next device of the host
+            and of another host.
     """
 
     name: str
@@ -56,6 +60,9 @@ class Hardware:
     measured: bool
     source: str
     host_link: float = HOST_LINK
+    start: float = 8.4e-6
+    hop: float = 3.4e-6
+    network_hop: float = 14e-6
 
 
 def _unmeasured(name: str, gib: float, peak: float, bandwidth: float, link: float, network: float, per_host: int,

@@ -8,12 +8,15 @@ data, a network that others use, and clocks that fall under load.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 
 from lss.config import Config
 from lss.config.hybrid import attention_layers, state_numbers
 from lss.flops import model_flops
+from lss.planner.drawn import Traces, count_chunks
 from lss.planner.estimate import step_drawn
+from lss.planner.exchange import Collectives, seconds_of
 from lss.planner.hardware import HOST_BANDWIDTH, Hardware, attention_rate
 from lss.planner.ledger import Peak
 from lss.segment import make_segment
@@ -25,8 +28,8 @@ from lss.train.models import find_model
 FIRST_STAGE = 0.25
 GRANULARITY = 512  # of CUDA's caching allocator
 _SUMMED = ("gradients", "parameters")
-# of recurrences and their convolutions, which wait for them
-_STATES = ("state", "dstate", "halo", "dhalo")
+_WAITED = ("loss", "gradient norm")  # numbers of a few bytes, that all ranks wait for
+_KEYS = ("kv", "dkv")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Plan:
         seconds: by part: "attention", "matrices", "exchange" (what attention does not hide), "gradients" (summing that
             backward does not hide), "offload" (copies to the host and back that nothing hides), "update".
         payload: bytes of collectives by purpose.
+        calls: how many they are, by purpose.
+        flat: seconds of the exchange of keys, had it been in one stage over all hosts.
+        staged: seconds of that exchange as it is, hidden or not.
         flops: model FLOPs of the whole step, all ranks, by which MFU is told.
         tokens: of a step, all ranks.
         ranks: of the run.
@@ -51,6 +57,9 @@ class Plan:
     tokens: int
     ranks: int
     hardware: Hardware
+    calls: dict[str, int] = field(default_factory=dict)
+    flat: float = 0.0
+    staged: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -68,27 +77,35 @@ class Plan:
         return self.flops / self.step / self.ranks / self.hardware.peak
 
 
-def make_plan(config: Config, hardware: Hardware) -> Plan:
+def make_plan(config: Config, hardware: Hardware, traces: Traces | None = None) -> Plan:
     """The plan of a config, resolved for its number of ranks, on this hardware.
+
+    Args:
+        traces: those that earlier plans took, for this one's to be kept with.
 
     Raises:
         Refused: what the layout refuses.
     """
     config = replace(config, data=replace(config.data, packing=False))
     per_host = min(hardware.per_host, _ranks(config))
-    step = step_drawn(config, granularity=GRANULARITY, memory=int(hardware.memory), ranks_per_node=per_host)
-    peak, payload = step.peak, step.payload
+    step = step_drawn(
+        config, granularity=GRANULARITY, memory=int(hardware.memory), ranks_per_node=per_host, traces=traces
+    )
+    peak, calls, cp = step.peak, step.collectives, config.parallel.cp
+    assert isinstance(cp, int)
     attention = _attention_flops(config)
     seconds = {
         "attention": attention / attention_rate(hardware, _head_size(config), config.data.seq_len),
         "matrices": step.products / hardware.matrices,
     }
-    seconds["exchange"] = _exposed(config, hardware, payload, seconds["attention"])
-    seconds["gradients"] = _summing(config, hardware, payload, sum(seconds.values()))
+    seconds["exchange"] = _exposed(config, hardware, calls, seconds["attention"])
+    seconds["gradients"] = _summing(config, hardware, calls, sum(seconds.values()))
     seconds["offload"] = max(0.0, _copied(config, peak) / hardware.host_link - sum(seconds.values()))
     seconds["update"] = _update(config, hardware, peak, per_host)
     tokens = config.train.batch_size * config.data.seq_len
-    return Plan(peak, int(hardware.memory), seconds, payload, _model_flops(config), tokens, _ranks(config), hardware)
+    flat, staged = (seconds_of(hardware, calls, cp, _KEYS.__contains__, flat=flat) for flat in (True, False))
+    return Plan(peak, int(hardware.memory), seconds, step.payload, _model_flops(config), tokens, _ranks(config), hardware,
+                step.calls, flat, staged)  # fmt: skip
 
 
 def _ranks(config: Config) -> int:
@@ -125,6 +142,8 @@ def _attention_flops(config: Config) -> float:
     assert isinstance(cp, int)
     units = 3.5 + (1.0 if config.memory.checkpointing == "full" else 0.0)
     share = 1.0 / cp
+    if config.parallel.strategy == "ulysses":  # a head is computed whole
+        share = math.ceil(config.model.n_heads / cp) / config.model.n_heads
     if config.parallel.order == "contiguous" and config.parallel.strategy.startswith("lss") and not config.model.windows:
         last = make_segment(S, cp=cp, rank=cp - 1, order="contiguous").positions
         share = float((last.clamp(max=S - 1) + 1).sum()) / (S * (S + 1) / 2)
@@ -132,21 +151,20 @@ def _attention_flops(config: Config) -> float:
     return units * 4 * config.model.d_model * _scores(config) * share * _rows(config)
 
 
-def _exposed(config: Config, hardware: Hardware, payload: dict[str, int], attention: float) -> float:
-    """Seconds of the exchange of keys that attention does not hide, and of all that other strategies exchange."""
-    cp = config.parallel.cp
+def _exposed(config: Config, hardware: Hardware, calls: Collectives, attention: float) -> float:
+    """Seconds of the exchange of keys that attention does not hide, and of all else that is exchanged for attention."""
+    cp, strategy = config.parallel.cp, config.parallel.strategy
     assert isinstance(cp, int)
-    if cp == 1:
-        return 0.0
-    near = cp <= hardware.per_host
-    rate = (hardware.link if near else hardware.network) * cp / (cp - 1)
-    if not config.parallel.strategy.startswith("lss"):  # what waits for it is computed next
-        return sum(n for purpose, n in payload.items() if purpose not in _SUMMED) / rate
-    seconds = sum(payload.get(purpose, 0) for purpose in ("kv", "dkv")) / rate
-    chunks = config.parallel.head_chunks if isinstance(config.parallel.head_chunks, int) else 1
-    first = seconds * (FIRST_STAGE if near else 1.0) / chunks
-    states = sum(payload.get(purpose, 0) for purpose in _STATES) / rate
-    return states + first + max(0.0, seconds - first - attention)
+    if strategy == "tp" or strategy == "ulysses":  # what waits for it is computed next
+        return seconds_of(hardware, calls, cp, lambda purpose: purpose not in (*_SUMMED, *_WAITED))
+    other = seconds_of(hardware, calls, cp, lambda purpose: purpose not in (*_SUMMED, *_WAITED, *_KEYS))
+    seconds = seconds_of(hardware, calls, cp, _KEYS.__contains__)
+    if strategy == "ring":  # the first segment is the rank's own; of gradients the last hop is home, with nothing beside it
+        first = seconds_of(hardware, calls, cp, "dkv".__eq__) / cp
+    else:
+        chunks = count_chunks(config, min(hardware.per_host, _ranks(config)))
+        first = seconds * (FIRST_STAGE if cp <= hardware.per_host else 1.0) / chunks
+    return other + first + max(0.0, seconds - first - attention)
 
 
 def _copied(config: Config, peak: Peak) -> int:
@@ -164,11 +182,8 @@ def _update(config: Config, hardware: Hardware, peak: Peak, per_host: int) -> fl
     return max(weights / hardware.host_link, 7 * weights * per_host / HOST_BANDWIDTH)
 
 
-def _summing(config: Config, hardware: Hardware, payload: dict[str, int], computing: float) -> float:
+def _summing(config: Config, hardware: Hardware, calls: Collectives, computing: float) -> float:
     """Seconds in which gradients are summed and backward, two thirds of a step, does not hide it."""
-    size, ranks = sum(payload.get(purpose, 0) for purpose in _SUMMED), _ranks(config)
-    if ranks == 1 or not size:
-        return 0.0
-    rate = hardware.link if ranks <= hardware.per_host else hardware.network
-    # an all-reduce moves each byte twice
-    return max(0.0, 2 * size * (ranks - 1) / ranks / rate - computing * 2 / 3)
+    ranks = _ranks(config)
+    summed = seconds_of(hardware, calls, ranks, _SUMMED.__contains__)
+    return max(0.0, summed - computing * 2 / 3) + seconds_of(hardware, calls, ranks, _WAITED.__contains__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,11 @@ def load_profile(path: Path) -> Hardware:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise Refused(f"{path}: not a profile of hardware; write one with lss plan --calibrate {path}")
     known = {}
-    for name in (field.name for field in fields(Hardware)):
-        if name not in found:
-            raise Refused(f"{path}: {name} is missing; calibrate again")
-        known[name] = _value(path, name, found[name])
+    for field in fields(Hardware):
+        if field.name in found:
+            known[field.name] = _value(path, field.name, found[field.name])
+        elif field.default is MISSING:
+            raise Refused(f"{path}: {field.name} is missing; calibrate again")
     return Hardware(**known)
 
 

@@ -48,8 +48,11 @@ def thin(x: Sequence[float], y: Sequence[float], most: int = MAX_POINTS) -> tupl
     return [a for a, _ in points], [b for _, b in points]
 
 
-def line_plot(curves: Sequence[Curve], y_label: str, *, x_label: str = "step") -> str:
+def line_plot(curves: Sequence[Curve], y_label: str, *, x_label: str = "step", log: bool = False) -> str:
     """An SVG of curves over steps, a few ten KB each at most; it has a view box but no size, so that it can shrink.
+
+    Args:
+        log: both axes are logarithmic.
 
     Raises:
         Refused: matplotlib is not installed.
@@ -75,9 +78,12 @@ def line_plot(curves: Sequence[Curve], y_label: str, *, x_label: str = "step") -
         lines = [_draw(axes, curve) for curve in curves]
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        if log:
+            axes.set(xscale="log", yscale="log")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         for axis, values in ((axes.xaxis, [x for c in curves for x in c.x]), (axes.yaxis, [y for c in curves for y in c.y])):
-            if max(map(abs, values), default=0) >= 10_000:
+            if max(map(abs, values), default=0) >= 10_000 and not log:
                 axis.set_major_formatter("{x:,.0f}")
         axes.grid(color=_INK, alpha=0.12, linewidth=0.6)
         if legend_rows:

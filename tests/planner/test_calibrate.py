@@ -13,6 +13,7 @@ from lss.planner import HARDWARE, calibrate, find_hardware
 from lss.planner.profile import load_profile, save_profile
 from tests.distributed.pool import mesh, pool
 
+LEAST = calibrate.LEAST_START
 TINY = ["model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.d_mlp=48", "data.seq_len=256"]
 
 
@@ -39,6 +40,7 @@ def test_every_rate_is_measured_and_the_same_on_all_ranks(tmp_path):
     }  # fmt: skip
     rates = [rate for points in first.attention.values() for _, rate in points]
     assert all(rate > 0 for rate in [*rates, first.matrices, first.bandwidth, first.link, first.memory])
+    assert LEAST <= first.start < 1.0
     assert first.per_host == 2
     assert first.measured
     assert len(lines) == 4 + 2 + 2 + 1
@@ -58,6 +60,15 @@ def test_plans_are_made_by_a_profile(tmp_path, capsys):
     assert find_hardware(str(path)).name == "half an H100"
     assert main(["plan", *TINY, "--gpu", str(path)]) == 0
     assert "half an H100" in capsys.readouterr().out
+
+
+def test_a_profile_without_latencies_has_the_usual_ones(tmp_path):
+    path, h100 = tmp_path / "old.json", HARDWARE["h100"]
+    save_profile(replace(h100, start=1.0, hop=1.0), path, {})
+    found = json.loads(path.read_text())
+    assert load_profile(path).start == 1.0
+    path.write_text(json.dumps({key: value for key, value in found.items() if key not in ("start", "hop", "network_hop")}))
+    assert load_profile(path) == h100
 
 
 @pytest.mark.parametrize("change, said", [

@@ -10,7 +10,8 @@ import torch
 
 from lss.config import load_config
 from lss.hosts import all_memory
-from lss.planner import estimate, trace_step, warning
+from lss.planner import Ledger, estimate, trace_step, warning
+from lss.planner.ledger import stretch
 from lss.train.metrics import read_metrics
 from tests.faults.ranks import Run
 
@@ -33,6 +34,26 @@ def test_drawn_out_is_what_the_whole_length_takes(name):
     assert found.host == pytest.approx(whole.host, rel=0.1)
     largest = max(whole.classes, key=whole.classes.__getitem__)
     assert found.classes[largest] == pytest.approx(whole.classes[largest], rel=0.2)
+
+
+def test_what_a_cache_keeps_beyond_a_step_does_not_tell_two_steps_apart():
+    ledgers = []
+    for tokens, cached in ((100, True), (200, False)):
+        ledger = Ledger()
+        with ledger:
+            before = torch.zeros(10)
+            ledger.enter("forward")
+            x = torch.zeros(tokens)
+            if not cached:
+                del before
+            del x
+            ledger.closed = True
+        ledgers.append(ledger)
+    assert stretch(*ledgers, 2.0, 1 << 30).peak().bytes == (10 + 300) * 4
+    with ledgers[1]:
+        torch.zeros(3)
+    with pytest.raises(ValueError, match="same allocations"):
+        stretch(*ledgers, 2.0, 1 << 30)
 
 
 def test_the_warning_names_class_and_remedy():

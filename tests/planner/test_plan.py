@@ -7,12 +7,14 @@ import json
 import pytest
 
 from lss.cli import main
+from lss.comm.counter import Tally
 from lss.config import load_config
-from lss.planner import HARDWARE, find_hardware, make_plan, trace_step
+from lss.planner import HARDWARE, drawn, find_hardware, make_plan, trace_step
 from lss.planner.drawn import SHORT, Drawn
 from lss.planner.estimate import step_drawn
+from lss.planner.exchange import seconds_of
 from lss.planner.hardware import attention_rate
-from lss.planner.plan import _attention_flops
+from lss.planner.plan import _attention_flops, _exposed
 from tests.test_house import ROOT
 
 SMALL = ["model.d_model=32", "model.n_layers=5", "model.n_heads=4", "model.n_kv_heads=2", "model.d_mlp=48",
@@ -41,6 +43,20 @@ def test_time_and_memory_of_a_step_on_two_gpus(model, tokens):
     assert plan.step == pytest.approx(row["ms"] / 1e3, rel=0.15)
     assert plan.mfu == pytest.approx(row["mfu"], rel=0.15)
     assert plan.peak.bytes == pytest.approx(row["peak_bytes"], rel=0.10)
+
+
+@pytest.mark.parametrize("strategy, tokens, cp, chunks", [
+    ("lss", 1 << 17, 16, 1), ("lss", 1 << 21, 16, 4), ("lss", 1 << 24, 16, 8 * 4), ("lss_2d", 1 << 24, 16, 1),
+    ("ring", 1 << 24, 16, 1),
+])  # fmt: skip
+def test_many_gathers_leave_the_first_of_them_to_wait_for(strategy, tokens, cp, chunks):
+    overrides = [f"parallel.strategy={strategy}", f"data.seq_len={tokens}"]
+    config = load_config(str(ROOT / "configs/llama-1b.toml"), overrides).resolved(cp)
+    assert drawn.count_chunks(config, 8) == chunks
+    calls = {("all_gather", "kv", "across"): Tally(chunks, 0, 1 << 40)}
+    if strategy != "ring":
+        whole = seconds_of(HARDWARE["h100"], calls, cp, "kv".__eq__)
+        assert _exposed(config, HARDWARE["h100"], calls, 1e9) == pytest.approx(whole / chunks)
 
 
 def test_the_last_rank_of_a_contiguous_cut_sets_the_time():
@@ -87,3 +103,40 @@ def test_refusals(capsys, line, said):
     told = capsys.readouterr().err
     assert said in told
     assert len(told.strip().splitlines()) == 1
+
+
+KEYS = ["model.n_layers=2", "train.batch_size=1", "memory.tiles=64"]  # of which gathered keys are the largest part
+
+
+@pytest.mark.parametrize("overrides, name, few", [
+    ([], "MANY_HOSTS", 4), (["parallel.strategy=lss_2d"], "MANY_HOSTS", 4), (["parallel.strategy=ring"], "MANY_IN_RING", 4),
+    (["parallel.token_chunks=2"], "IN_RUNS", 2),
+    (["parallel.token_chunks=2", "parallel.regather=false"], "IN_RUNS", 2),
+])  # fmt: skip
+def test_many_ranks_are_drawn_out_from_few(monkeypatch, overrides, name, few):
+    """On hosts of two: sixteen ranks as they are, and as drawn out from fewer."""
+    settings = [*SMALL, *KEYS, f"data.seq_len={16 * SHORT}", *overrides]
+    config = load_config(None, settings).resolved(16)
+    for constant, value in (("MANY_HOSTS", 64), ("MANY_IN_RING", 64), ("IN_RUNS", 64), ("HOSTS", (2, 4))):
+        monkeypatch.setattr(drawn, constant, value)
+    whole = step_drawn(config, granularity=512, ranks_per_node=2)
+    monkeypatch.setattr(drawn, name, few)
+    taken = []
+    monkeypatch.setattr(drawn, "trace_step", lambda config, **more: taken.append(config) or trace_step(config, **more))
+    found = step_drawn(config, granularity=512, ranks_per_node=2)
+    assert max(few.parallel.cp for few in taken) <= 8
+    assert (found.products, found.collectives) == (whole.products, whole.collectives)
+    if name != "MANY_IN_RING":
+        assert whole.peak.classes["gathered keys"] > 0.1 * whole.peak.bytes
+    assert found.peak.bytes == pytest.approx(whole.peak.bytes, rel=0.03)
+    for label, size in whole.peak.classes.items():
+        assert found.peak.classes.get(label, 0) == pytest.approx(size, abs=0.03 * whole.peak.bytes), label
+
+
+def test_runs_of_tokens_beyond_two_are_counted_from_two():
+    chunked = [*KEYS, "data.seq_len=8192"]
+    few, many = (load_config(None, [*SMALL, *chunked, f"parallel.token_chunks={n}"]).resolved(8) for n in (2, 8))
+    found, whole = step_drawn(many), Drawn.of(trace_step(many))
+    assert (found.payload, found.calls) == (whole.payload, whole.calls)
+    assert found.peak.bytes == pytest.approx(whole.peak.bytes, rel=0.05)
+    assert found.peak.bytes < step_drawn(few).peak.bytes

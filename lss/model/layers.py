@@ -75,6 +75,9 @@ class Pieces:
         """piece(x, a, slice(None)), which uses these parameters: what follows an attention whose output is `a`."""
         return piece(x, a, slice(None))
 
+    def stand_for(self, before: int) -> None:
+        """In a trace of a sequence that stands for a longer one: nothing, where there are no tiles."""
+
     def alone(
         self, piece: Callable[..., torch.Tensor], parameters: Sequence[torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:

@@ -134,7 +134,12 @@ class _Recomputing(Pieces):
         stack: Stack | None = None,
     ) -> None:  # fmt: skip
         self._full, self._tiles, self._width, self.offloader, self._stack = full, tiles, width, offloader, stack
+        self._before = tiles  # as `tiles`, for what stands before attention and behind all blocks
         self.compiled = plain.compiled
+
+    def stand_for(self, before: int) -> None:
+        """Take so many tokens at a time before attention, in a trace of a sequence that stands for a longer one."""
+        self._before = before
 
     def _all_again(self, layer: int, x_BTD: torch.Tensor) -> bool:
         """Whether this block computes its attention again; the same on every rank of a cp group."""
@@ -174,7 +179,8 @@ class _Recomputing(Pieces):
         self, layer: int, piece: Piece, parameters: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor
     ) -> torch.Tensor:
         with _dropped((a,) if torch.is_grad_enabled() and self._all_again(layer, x) else (), self.offloader):
-            return recomputed(piece, (x, a), parameters, self._size(x, self._width, compute_dtype(x), HIDDEN_BYTES))
+            size = self._size(x, self._width, compute_dtype(x), HIDDEN_BYTES, self._tiles)
+            return recomputed(piece, (x, a), parameters, size)
 
     def alone(self, piece: Piece, parameters: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         size = self._narrow(x)
@@ -185,14 +191,17 @@ class _Recomputing(Pieces):
 
     def _narrow(self, x_BTD: torch.Tensor) -> int | None:
         # a norm is computed in float32 at least
-        return self._size(x_BTD, x_BTD.shape[-1], torch.promote_types(x_BTD.dtype, torch.float32), PROJECTED_BYTES)
+        wide = torch.promote_types(x_BTD.dtype, torch.float32)
+        return self._size(x_BTD, x_BTD.shape[-1], wide, PROJECTED_BYTES, self._before)
 
-    def _size(self, x_BTD: torch.Tensor, width: int | None, dtype: torch.dtype, most: int) -> int | None:
+    def _size(
+        self, x_BTD: torch.Tensor, width: int | None, dtype: torch.dtype, most: int, tiles: int | str
+    ) -> int | None:
         """Tokens of a tile whose widest tensor is this wide; None where a piece needs all tokens at once."""
         if self._width is None or width is None:
             return None
         bytes_per_token = x_BTD.shape[0] * width * dtype.itemsize
-        return tile_size(self._tiles, x_BTD.shape[1], bytes_per_token, tile_budget(x_BTD.device, most))
+        return tile_size(tiles, x_BTD.shape[1], bytes_per_token, tile_budget(x_BTD.device, most))
 
 
 def _whole(before: Before, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

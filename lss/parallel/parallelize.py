@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -195,6 +196,14 @@ class Layout:
         held = [p for name, p in model.named_parameters() if not self.is_cut(name)]
         self._whole, self._sharded = (held, []) if self.sharding is None else ([], held)
         self._sync = GradSync(((self._whole, self.all), (self._cut, self.dp)))
+
+    def stand_for(self, before: int, layer_bytes: int) -> None:
+        """In a trace do as with a longer sequence: take `before` tokens at a time before attention, and bring layers back
+        from the host when those of so many bytes would come."""
+        self._ops.pieces.stand_for(before)
+        if self.offloader is not None:
+            early, late = layer_bytes <= self.offloader.early_bytes, layer_bytes <= self.offloader.late_bytes
+            self.offloader.early_bytes, self.offloader.late_bytes = early * sys.maxsize, late * sys.maxsize
 
     # -- forward -----------------------------------------------------------------------------------------------------
 

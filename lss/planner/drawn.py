@@ -23,11 +23,14 @@ from lss.context_parallel import count_head_chunks, count_inner, count_token_chu
 from lss.offload.saved import LEAST_BYTES
 from lss.planner.ledger import Ledger, Peak, stretch
 from lss.planner.trace import StepTrace, trace_step
+from lss.tiled import HIDDEN_BYTES, PROJECTED_BYTES
+from lss.train.steps import parameter_dtype
 
 # Tokens a rank of the shorter trace; the longer one has twice as many.
 SHORT = 1024
-# Tiles of a trace at most, and runs of tokens that are gathered; their number does not grow with the length.
-TILES, RUNS = 8, 2
+# Tiles of a trace at most for the logits, whose bytes are known, and for all else; and runs of tokens that are gathered.
+# Their number does not grow with the length.
+TILES, MOST_TILES, RUNS = 8, 64, 2
 # What is exchanged, and gathered, is a line over the ranks, as many tokens a rank given. More ranks than these are drawn out
 # from fewer: of a ring, whose every hop is traced, from two small ones; else from so many hosts. Where keys come in runs of
 # tokens, of which each has parts of every rank's, a trace takes time for each part, and so many hosts stand for more.
@@ -84,12 +87,16 @@ class Traces:
     def __init__(self) -> None:
         self._taken: dict[tuple[str, int, int | None], tuple[Ledger, StepTrace]] = {}
 
-    def of(self, config: Config, granularity: int, ranks_per_node: int | None, most_logits: int) -> Drawn:
+    def of(
+        self, config: Config, granularity: int, ranks_per_node: int | None, most_logits: int,
+        stands_for: tuple[int, int] | None = None,
+    ) -> Drawn:  # fmt: skip
         """A step as `trace_step` finds it, with its ledger."""
-        key = repr(config), granularity, ranks_per_node
+        key = repr((config, stands_for)), granularity, ranks_per_node
         if key not in self._taken:
             ledger = Ledger(granularity, config.model.vocab_size)
-            trace = trace_step(config, granularity=granularity, ranks_per_node=ranks_per_node, ledger=ledger)
+            how = {"granularity": granularity, "ranks_per_node": ranks_per_node, "stands_for": stands_for}
+            trace = trace_step(config, ledger=ledger, **how)
             self._taken[key] = ledger, trace
         ledger, trace = self._taken[key]
         ledger.most_logits = most_logits  # which is by the run's length
@@ -265,18 +272,51 @@ def _of_length(config: Config, way: _Way) -> Drawn:
     most = 2 * min(way.logits, rows * -(-length // cp) * config.model.vocab_size * half) if config.train.compile else 0
     if length <= 2 * short * cp:
         return way.traces.of(config, way.granularity, way.ranks_per_node, most)
-    tiles = 1
-    while tiles < TILES and rows * length // cp * config.model.vocab_size * 4 > tiles * way.logits:
-        tiles *= 2
-    steps = []
+    local, steps = -(-length // cp), []
+    tiles, before = _tiles(config, rows, local, way.logits)
     for tokens in (short, 2 * short):
         shorter = replace(
             config,
             data=replace(config.data, seq_len=tokens * cp),
             memory=replace(config.memory, tiles=-(-rows * tokens // tiles)),
         )
-        steps.append(way.traces.of(shorter, way.granularity, way.ranks_per_node, most))
+        stands_for = -(-tokens // before), _layer_bytes(config, rows * local)
+        steps.append(way.traces.of(shorter, way.granularity, way.ranks_per_node, most, stands_for))
     return _line(steps[0], steps[1], (length / cp - short) / short, way.logits)
+
+
+def _layer_bytes(config: Config, tokens: int) -> int:
+    """What a block keeps in host memory, a power of 2, so that traces serve many lengths; 0 where nothing goes there."""
+    model, memory = config.model, config.memory
+    if memory.offload == "none":
+        return 0
+    wide = parameter_dtype(config.train.dtype).itemsize
+    half = 2 if config.train.dtype == "bfloat16" else wide
+    stream = half if model.residual == "compute" else wide
+    return 1 << (tokens * model.d_model * (stream + (half if memory.checkpointing == "attention" else 0))).bit_length() - 1
+
+
+def _tiles(config: Config, rows: int, tokens: int, logits: int) -> tuple[int, int]:
+    """Tiles of the piece after attention and of the loss, and of that before, of a rank with so many tokens.
+
+    Powers of 2, at most as many as there will be but for the logits, whose bytes are bounded apart.
+    """
+    model, given = config.model, config.memory.tiles
+    half = 2 if config.train.dtype == "bfloat16" else parameter_dtype(config.train.dtype).itemsize
+    wide = max(4, half)
+
+    def below(number: float, most: int) -> int:
+        return 1 << max(0, min(int(number), most)).bit_length() - 1 if number >= 1 else 1
+
+    if isinstance(given, int):
+        after = before = tokens / given
+    else:
+        after = rows * tokens * model.d_mlp * half / min(HIDDEN_BYTES, logits)
+        before = rows * tokens * model.d_model * wide / min(PROJECTED_BYTES, logits)
+    of_logits = 1
+    while of_logits < TILES and rows * tokens * model.vocab_size * 4 > of_logits * logits:
+        of_logits *= 2
+    return max(of_logits, below(after, MOST_TILES)), below(before, MOST_TILES)
 
 
 def _line(less: Drawn, more: Drawn, factor: float, logits: int) -> Drawn:

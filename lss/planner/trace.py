@@ -76,8 +76,9 @@ class Products(TorchDispatchMode):
 
 
 def trace_step(
-    config: Config, *, rank: int = 0, ranks_per_node: int | None = None, granularity: int = 1, ledger: Ledger | None = None
-) -> StepTrace:
+    config: Config, *, rank: int = 0, ranks_per_node: int | None = None, granularity: int = 1, ledger: Ledger | None = None,
+    stands_for: tuple[int, int] | None = None,
+) -> StepTrace:  # fmt: skip
     """Trace one step of `rank` in a run of this config, resolved for its number of ranks.
 
     No process group may be there; a fake one is made and ended. Tensors are those of a CPU. What `torch.compile` would fuse
@@ -87,6 +88,7 @@ def trace_step(
         ranks_per_node: neighbours that share a host; all by default.
         granularity: bytes that an allocation is rounded up to.
         ledger: takes the notes, where they are wanted beyond what is returned.
+        stands_for: `Layout.stand_for` of a longer sequence; by default none.
 
     Raises:
         Refused: packed documents, whose lengths are not known before they are read; or what the layout refuses.
@@ -99,6 +101,8 @@ def trace_step(
     with _fake_mesh(config, rank, ranks_per_node) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         with torch.random.fork_rng(devices=[]), _default_dtype(parameter_dtype(config.train.dtype)):
             model = lay_out(config, Transformer(config.model, config.data.seq_len), mesh)
+        if stands_for is not None:
+            layout_of(model).stand_for(*stands_for)
         return run_step(config, model, granularity=granularity, ledger=ledger)
 
 

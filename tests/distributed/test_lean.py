@@ -175,3 +175,24 @@ def test_ranks_agree_on_the_room():
     rooms = pool(3).run(_room, 3)
     assert len(set(rooms)) == 1
     assert rooms[0] <= 1 << 30
+
+
+def _stands_for(layer_bytes):
+    """What a layout does for a longer sequence's sake: its thresholds, and whether products are of all tokens."""
+    config = model_config(n_layers=1, d_mlp=67, vocab_size=71, d_model=16, n_heads=2)
+    how = {"checkpointing": "attention", "offload": "host", "tiles": 5}
+    model = lss.parallelize(Transformer(config, S), mesh(1), **how)
+    layout_of(model).stand_for(S, layer_bytes)
+    ids = torch.zeros(1, S, dtype=torch.int64)
+    with Products() as products:
+        model(ids, ids).loss.backward()
+    keeper = layout_of(model).offloader
+    return keeper.early_bytes > 0, keeper.late_bytes > 0, products.sizes
+
+
+def test_a_trace_stands_for_a_longer_sequence():
+    """Layers of 1, 3 and 5 GiB come back early, late and when they are asked for; projections are as they will be, whole."""
+    for gib, early, late in ((1, True, True), (3, False, True), (5, False, False)):
+        ((*found, sizes),) = pool(1).run(_stands_for, gib << 30)
+        assert found == [early, late]
+        assert S in sizes

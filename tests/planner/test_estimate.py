@@ -21,6 +21,10 @@ RUNS = {
     "plain": (1, []),
     "two ranks, recomputed": (2, ["memory.checkpointing=full"]),
     "offloaded": (2, ["data.seq_len=65536", "memory.checkpointing=attention", "memory.offload=host"]),
+    "many tiles": (1, ["data.seq_len=16384", "train.batch_size=1", "memory.checkpointing=attention", "memory.tiles=1024", "model.n_layers=3",
+                       "model.residual=compute"]),
+    "tiles but before attention": (1, ["data.seq_len=65536", "train.batch_size=1", "memory.checkpointing=full",
+                                       "model.d_mlp=2048"]),
     "sharded, wide": (2, ["parallel.fsdp=true", "model.vocab_size=2000", "memory.tiles=2048"]),
 }
 

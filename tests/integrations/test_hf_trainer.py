@@ -75,9 +75,11 @@ def test_bfloat16_is_as_near_to_float32_as_on_one_process(tmp_path, world, cp):
 
 @pytest.mark.parametrize("world, cp", [(2, 2), (4, 2)])
 def test_a_plain_loop_gathers_the_numbers_of_each_sequence_once(world, cp):
-    """Seven sequences, two a group and batch: tensors and objects, in their order, without what fills up the last batch."""
-    for tensors, objects in pool(world).run(jobs.gathered, cp, 7):
-        assert tensors == objects == list(range(7))
+    """Seven sequences, two a group and batch: in their order, without what fills up the last batch; objects are refused."""
+    for tensors, told in pool(world).run(jobs.gathered, cp, 7):
+        assert tensors == list(range(7))
+        assert len(told) == 2
+        assert all("give tensors" in words for words in told)
 
 
 def test_what_would_be_wrong_is_refused(tmp_path):

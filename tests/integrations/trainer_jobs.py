@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import lss
+from lss.config import Refused
 from tests.integrations.hf_cases import V, build
 
 STEPS = 3
@@ -93,7 +94,7 @@ def cut(folder, cp, rows, others=None):
 
 
 def gathered(cp, count):
-    """The numbers of `count` sequences, as a rank hears of them from `accelerator.gather_for_metrics`."""
+    """The numbers of `count` sequences, as a rank hears of them from `gather_for_metrics`, and what that says of objects."""
     import torch.distributed as dist
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -107,11 +108,15 @@ def gathered(cp, count):
         mesh = lss.init_mesh(cp=cp, dp=dist.get_world_size() // cp)
         accelerator = Accelerator(cpu=True)
         prepare_accelerator(accelerator, lss.parallelize(build("llama", torch.float32), mesh))
-        tensors, objects = [], []
+        tensors, told = [], []
         for batch in accelerator.prepare(DataLoader(torch.arange(count), batch_size=2)):
             tensors += accelerator.gather_for_metrics(batch).tolist()
-            objects += accelerator.gather_for_metrics(batch.tolist(), use_gather_object=True)
-        return tensors, objects
+        for objects in ({"data": "text"}, {"data": batch, "use_gather_object": True}):
+            try:
+                accelerator.gather_for_metrics(objects.pop("data"), **objects)
+            except Refused as refusal:
+                told.append(str(refusal))
+        return tensors, told
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.clear()

@@ -37,6 +37,14 @@ def real_smollm2(gguf, folder):
     return True
 
 
+def smollm2_whole(cp, folder, tokens):
+    """The whole model in float32 as the benchmark measures it, under a loss in float32 and in float64; on rank 0."""
+    from benchmarks.smollm2 import read_tokens, whole
+
+    ids = read_tokens(folder, lss.__file__, tokens)
+    return [whole(folder, ids, mesh(cp), wide) for wide in (False, True)]
+
+
 def smollm2_errors(cp, folder, layers, tokens):
     """Of the first layers in float64, as the benchmark measures them: against one process and both losses; on rank 0."""
     from benchmarks.smollm2 import cut, errors, load, one_process, read_tokens

@@ -15,7 +15,7 @@ from examples.needle import NEEDLES, VALUES, draw
 from lss.data.tokens import TokenCorpus
 from tests.distributed.pool import pool
 from tests.integrations.ranks import hf_pool
-from tests.real.jobs import needle, real_smollm2, smollm2_errors, tiny_smollm2
+from tests.real.jobs import needle, real_smollm2, smollm2_errors, smollm2_whole, tiny_smollm2
 
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 
@@ -102,6 +102,17 @@ def test_the_measurement_of_smollm2_on_a_small_model_of_its_kind(tmp_path):
         assert max(exact["logits"], exact["loss"], exact["gradient"]) < 1e-12
         assert own["logits"] < 1e-12
         assert 1e-12 < own["gradient"] < 2e-6  # transformers' own loss rounds to float32
+
+
+@needs_transformers
+def test_the_measurement_in_float32_on_a_small_model(tmp_path):
+    """Under either loss the ranks are as near to one process as rounding lets, and as near to float64 as it is."""
+    hf_pool(1).run(tiny_smollm2, str(tmp_path))
+    for row in hf_pool(2).run(smollm2_whole, 2, str(tmp_path), 37)[0]:
+        assert 0 < row["cut_to_one"]["gradient"] < 2e-6
+        assert max(row["cut_to_one"]["logits"], row["cut_to_one"]["loss"]) < 1e-6
+        assert 1e-8 < row["one_to_exact"]["gradient"] < 1e-5
+        assert row["cut_to_exact"]["gradient"] < 2 * row["one_to_exact"]["gradient"]
 
 
 @needs_transformers

@@ -91,15 +91,22 @@ def _once_a_group(accelerator: Any, layout: Any, data: Any, use_gather_object: b
     """What the first rank of each cp group has, in the order of the groups; without what filled up the last batch.
 
     Accelerate's own takes what all ranks have for different sequences' and cuts its end off.
-    """
-    from accelerate.utils import gather_object, recursively_apply
 
+    Raises:
+        Refused: anything but tensors, which ranks would send as code that the others run.
+    """
+    from accelerate.utils import recursively_apply
+
+    try:
+        recursively_apply(lambda tensor: tensor, data, error_on_other_type=True)
+        tensors = not use_gather_object
+    except TypeError:
+        tensors = False
+    if not tensors:
+        raise refuse("gather_for_metrics", type(data).__name__, "objects can carry code between ranks; give tensors")
     firsts = layout.mesh["dp", "cp"].mesh[:, 0].tolist()
     state = accelerator.gradient_state
     stop = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
-    if use_gather_object:
-        told = gather_object([data])
-        return [entry for rank in firsts for entry in told[rank]][:stop]
 
     def chosen(tensor: Any) -> Any:
         return tensor.unflatten(0, (layout.all.size, -1))[firsts].flatten(0, 1)[:stop]
@@ -168,7 +175,8 @@ def _refuse_arguments(args: Any, named: dict[str, Any]) -> None:
     if args is None:
         return
     only = {"label_smoothing_factor": 0.0, "average_tokens_across_devices": True, "torch_compile": False, "fp16": False,
-            "deepspeed": None, "parallelism_config": None, "auto_find_batch_size": False}  # fmt: skip
+            "deepspeed": None, "parallelism_config": None, "auto_find_batch_size": False,
+            "eval_use_gather_object": False}  # fmt: skip
     for name, value in only.items():
         if (given := getattr(args, name, value)) != value:
             raise refuse(name, given, f"not on a sequence that is cut; use {value}")

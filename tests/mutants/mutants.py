@@ -615,4 +615,11 @@ MUTANTS = (
         'return (outputs["loss"], outputs) if return_outputs else outputs["loss"] * self._layout.all.size',
         ("tests/integrations/test_hf_trainer.py",),
     ),
+    Mutant(
+        "padding goes into the states of a model of transformers",
+        "lss/integrations/hf/mixers.py",
+        "mask = None if lss_batch.mask is None else lss_batch.mask[..., None]",
+        "mask = None",
+        ("tests/integrations/test_hf_hybrid.py::test_every_class_equals_transformers",),
+    ),
 )

@@ -549,7 +549,7 @@ MUTANTS = (
         "decays of a block are differences of running sums",
         "lss/kernels/scan_blocks.py",
         "gaps = g[..., :, None].masked_fill(~sees.tril(-1), 0.0).cumsum(-2)",
-        "gaps = c[..., :, None] - c[..., None, :]",
+        "gaps = g.cumsum(-1)[..., :, None] - g.cumsum(-1)[..., None, :]",
         ("tests/distributed/test_scan.py::test_strong_decays_overflow_nowhere",),
     ),
     Mutant(

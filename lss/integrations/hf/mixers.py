@@ -46,6 +46,14 @@ class CutMixer(nn.Module):
     States, and what transformers casts to float32 before them, are float32 here, and float64 in models of float64.
     """
 
+    in_proj: nn.Module
+    out_proj: nn.Module
+    norm: nn.Module
+    conv1d: nn.Conv1d
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
+
     def __init__(self, mixer: Any) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.n_groups = mixer.num_heads, mixer.head_dim, mixer.n_groups
@@ -77,7 +85,8 @@ class CutMixer(nn.Module):
         if lss_batch is None:
             raise Refused(f"{self.where} was called without the batch that was cut: call the whole model, as it was given "
                           "to lss.parallelize, whose forward cuts it.")  # fmt: skip
-        unknown = [name for name, value in others.items() if value not in (None, False) and name not in _HARMLESS]
+        given = [name for name, value in others.items() if value is not None and value is not False]
+        unknown = sorted(set(given) - _HARMLESS)
         if unknown or cache is not None:
             what = unknown[0] if unknown else "cache"
             raise refuse(what, f"an argument of {self.where}", "it cannot be honoured on a cut sequence")

@@ -13,7 +13,7 @@ from lss.comm import Communicator
 from lss.config.errors import refuse
 from lss.config.hybrid import scan_layers
 from lss.context_parallel import AttentionOptions
-from lss.integrations.hf import CutBatch, is_hf_model, traits_of, use_lss_attention
+from lss.integrations.hf import CutBatch, is_hf_model, is_mixer, traits_of, use_lss_attention
 from lss.kernels import Rules
 from lss.model import ModelOps, Transformer
 from lss.segment import Segment
@@ -79,6 +79,9 @@ class _OfTransformers:
         self._traits = traits = traits_of(model)
         if not traits.shifts:
             raise refuse("model", traits.name, "it does not say the next token; a ...ForCausalLM does")
+        if any(map(is_mixer, model.modules())):
+            fit = "a cache holds keys and values, and no states yet; models of attention alone generate"
+            raise refuse("model", traits.name, fit)
         if traits.rope_limit is not None and comm.size > 1:
             fit = f"its frequencies depend on the longest position at hand beyond {traits.rope_limit[1]}; use one rank"
             raise refuse("rope_type", traits.rope_limit[0], fit)

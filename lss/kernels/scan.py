@@ -83,8 +83,8 @@ def single_scan(
 def run_scan(q, k, v, log_decay, segment: Segment, passing: Passing | None) -> torch.Tensor:
     """The recurrence over a segment, 0 at padding; `passing` None: the segment is the whole sequence in one chunk.
 
-    Memory until backward: the inputs, and the state that enters each chunk, in float32 (float64). While it computes: the
-    scores of a block with itself, 2 B T N C numbers, and a state a block, B (T / C) N P H.
+    Memory until backward: the inputs, and the state that enters each chunk, in float32 (float64). While it computes: a few
+    times the scores of an eighth of the blocks with themselves, B T N C / 8, and a state a block, B (T / C) N P H.
     """
     return _Scan.apply(q, k, v, log_decay, scan_blocks(segment, BLOCK), passing)
 

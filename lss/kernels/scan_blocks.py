@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from lss.segment import ScanBlocks
 
+# Scores exist of an eighth of the blocks at a time: in many heads all of them would be most of the memory.
+TILES = 8
+
 Masks = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 # dq, dk (B,Z,K,C,P), dv (B,Z,K,R,C,H), and dg (B,Z,K,R,C)
 Inside = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -66,14 +69,12 @@ class ScanWork:
         masks = _masks_kept(blocks, q.device) if q.is_cuda else _masks(blocks, q.device)
         self._true, sees, first, last, passes = masks
         self._q, self._k, self._v = self.cut(q)[:, :, :, 0], self.cut(k)[:, :, :, 0], self.cut(v)
-        g = self.cut(g[..., None])[..., 0]
-        c, never = g.cumsum(-1), float("-inf")
-        # sums from each token to each behind it, not differences of two, which would lose digits where decays are strong;
-        # and masked before exp, for in another document, or above the diagonal, there is nothing to sum
-        gaps = g[..., :, None].masked_fill(~sees.tril(-1), 0.0).cumsum(-2)
-        self._weights = gaps.masked_fill(~sees, never).exp()
+        self._g, self._sees = self.cut(g[..., None])[..., 0], sees
+        c, never = self._g.cumsum(-1), float("-inf")
+        behind = F.pad(_from_each_on(self._g.masked_fill(~last, 0.0), -1)[..., 1:], (0, 1))
+        # masked before exp: in another document decays may be far beyond what its result can hold
         self._into = c.masked_fill(~first, never).exp()
-        self._out = gaps[..., -1, :].masked_fill(~last, never).exp()
+        self._out = behind.masked_fill(~last, never).exp()
         self.decay = c[..., -1].exp() * passes
 
     # -- shapes ------------------------------------------------------------------------------------------------------
@@ -105,9 +106,26 @@ class ScanWork:
         """Each block's state at its end if it began with 0: (B, Z, K, R, P, H)."""
         return torch.einsum("bzkcp,bzkrch->bzkrph", self._k, self._v * self._out[..., None])
 
+    def _tiles(self) -> list[slice]:
+        """Blocks whose scores exist at a time."""
+        count = self._q.shape[1]
+        size = -(-count // TILES)
+        return [slice(at, min(at + size, count)) for at in range(0, count, size)]
+
+    def _weights(self, z: slice) -> torch.Tensor:
+        """exp of the decays from each token to those behind it, in some blocks: (B, z, K, R, C, C)."""
+        g, sees = self._g[:, z], self._sees if len(self._sees) == 1 else self._sees[z]
+        # sums, not differences of two sums, which would lose digits where decays are strong
+        gaps = g[..., :, None].masked_fill(~sees.tril(-1), 0.0).cumsum(-2)
+        return gaps.masked_fill_(~sees, float("-inf")).exp_()
+
     def inside(self) -> torch.Tensor:
         """What tokens have of their own block: (B, Z, K, R, C, H)."""
-        return ((self._q @ self._k.transpose(-1, -2))[:, :, :, None] * self._weights) @ self._v
+        parts = []
+        for z in self._tiles():
+            scores = self._q[:, z] @ self._k[:, z].transpose(-1, -2)
+            parts.append((scores[:, :, :, None] * self._weights(z)) @ self._v[:, z])
+        return torch.cat(parts, 1)
 
     def from_states(self, states: torch.Tensor) -> torch.Tensor:
         """What tokens have of the state that enters their block: (B, Z, K, R, C, H)."""
@@ -137,13 +155,16 @@ class ScanWork:
 
     def inside_gradients(self, dy: torch.Tensor) -> Inside:
         """Gradients by what tokens have of their own block."""
-        scores, dscores = self._q @ self._k.transpose(-1, -2), dy @ self._v.transpose(-1, -2)
-        attended = scores[:, :, :, None] * self._weights
-        parts = attended * dscores
-        dscores = (dscores * self._weights).sum(3)
+        dq, dk, dv, dg = zip(*(self._tile_gradients(z, dy[:, z]) for z in self._tiles()), strict=True)
+        return torch.cat(dq, 1), torch.cat(dk, 1), torch.cat(dv, 1), torch.cat(dg, 1)
+
+    def _tile_gradients(self, z: slice, dy: torch.Tensor) -> Inside:
+        q, k, v, weights = self._q[:, z], self._k[:, z], self._v[:, z], self._weights(z)
+        attended, dscores = (q @ k.transpose(-1, -2))[:, :, :, None] * weights, dy @ v.transpose(-1, -2)
         dv = attended.transpose(-1, -2) @ dy
-        dg = _from_each_on(parts, -2).tril(-1).sum(-1)
-        return dscores @ self._k, dscores.transpose(-1, -2) @ self._q, dv, dg
+        dg = _from_each_on(attended * dscores, -2).tril(-1).sum(-1)
+        dscores = (dscores * weights).sum(3)
+        return dscores @ k, dscores.transpose(-1, -2) @ q, dv, dg
 
     def gradients(
         self, dy: torch.Tensor, states: torch.Tensor, leaving: torch.Tensor, inside: Inside

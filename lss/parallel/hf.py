@@ -13,7 +13,7 @@ from lss.comm import Communicator, communicator, cp_communicator
 from lss.config.errors import Refused, refuse
 from lss.config.support import refuse_pairs
 from lss.context_parallel import AttentionOptions, count_inner, pick_strategy
-from lss.integrations.hf import Adapter, traits_of, use_lss_attention
+from lss.integrations.hf import Adapter, traits_of, use_cut_mixers, use_lss_attention
 from lss.parallel.grad_sync import GradSync, global_grad_norm
 from lss.parallel.local import check_reshard
 from lss.segment import Piece, Segment, make_segment, whole_piece
@@ -52,6 +52,7 @@ class HFLayout:
         # refuses a number that does not fit, and makes its groups while all ranks are here
         self.cp.levels(count_inner(options.inner, options.strategy, heads, self.cp.size, self.cp.per_node))
         use_lss_attention(model)
+        use_cut_mixers(model)
         for tensor in (*model.parameters(), *model.buffers()):
             self.all.broadcast(tensor.data, "initial weights").wait()
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before any is cut

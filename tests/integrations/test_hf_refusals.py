@@ -29,8 +29,6 @@ MODELS = {
     "NemotronHForCausalLM": (dict(TINY, num_attention_heads=4, num_key_value_heads=2, head_dim=8, mamba_num_heads=8,
                                   mamba_head_dim=8, ssm_state_size=8, n_groups=2, intermediate_size=48,
                                   hybrid_override_pattern="M*"), MIXED),
-    "GraniteMoeHybridForCausalLM": (dict(GQA, layer_types=["mamba", "attention"], mamba_n_heads=8, mamba_d_head=8,
-                                         num_local_experts=2, num_experts_per_tok=1, shared_intermediate_size=16), MIXED),
     "MiniMaxForCausalLM": (dict(GQA, num_local_experts=2), "LightningAttention"),
     "Lfm2ForCausalLM": (dict(GQA, layer_types=["conv", "full_attention"]), MIXED),
     "BloomForCausalLM": (dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=V), "attention interface"),

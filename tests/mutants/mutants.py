@@ -549,7 +549,7 @@ MUTANTS = (
         "decays of a block are differences of running sums",
         "lss/kernels/scan_blocks.py",
         "gaps = g[..., :, None].masked_fill(~sees.tril(-1), 0.0).cumsum(-2)",
-        "gaps = c[..., :, None] - c[..., None, :]",
+        "gaps = g.cumsum(-1)[..., :, None] - g.cumsum(-1)[..., None, :]",
         ("tests/distributed/test_scan.py::test_strong_decays_overflow_nowhere",),
     ),
     Mutant(
@@ -614,5 +614,12 @@ MUTANTS = (
         'return (outputs["loss"], outputs) if return_outputs else outputs["loss"]',
         'return (outputs["loss"], outputs) if return_outputs else outputs["loss"] * self._layout.all.size',
         ("tests/integrations/test_hf_trainer.py",),
+    ),
+    Mutant(
+        "padding goes into the states of a model of transformers",
+        "lss/integrations/hf/mixers.py",
+        "mask = None if lss_batch.mask is None else lss_batch.mask[..., None]",
+        "mask = None",
+        ("tests/integrations/test_hf_hybrid.py::test_every_class_equals_transformers",),
     ),
 )

@@ -44,10 +44,11 @@ class CutBatch:
         keep: each row's runs of tokens that are no padding; None where all are kept.
         labels: (B, T), this rank's, shifted; None where no loss is asked for.
         count: the global number of labels to divide by, where it is given.
+        mask: (B, T), this rank's part of the attention mask; None where nothing is padding.
         weights: (B, T), 1 for tokens that count in a load-balancing loss; None where there is none.
         by_position: documents begin where positions restart.
         breaks: this rank's own positions do not all rise by one, so that a model's mask shows whether it minds.
-        calls: how often attention was computed.
+        calls: how often attention, or a mixer in its place, was computed.
         joined: a layer's own mask lets such documents see each other.
         attend: what computes attention in place of `lss.context_parallel.attend`, by layer's q, k, v and rules; None for
             that.
@@ -64,6 +65,7 @@ class CutBatch:
     breaks: bool = False
     calls: int = 0
     joined: bool = False
+    mask: torch.Tensor | None = None
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules], torch.Tensor] | None = None
 
 
@@ -128,6 +130,7 @@ class Adapter:
         router = inputs.get("output_router_logits", self.traits.router)
         weights = self._weights(segment, given, ids) if router else None
         batch = CutBatch(segment, self.cp, self._options, keep, labels, inputs.get("num_items_in_batch"), weights)
+        batch.mask = given.get("attention_mask")
         batch.by_position = borders is not None and not any(name in inputs for name in _BORDERS)
         batch.breaks = batch.by_position and bool((given["position_ids"].diff(dim=1) != 1).any())
         return (), {**given, "lss_batch": batch}

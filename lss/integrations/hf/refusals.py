@@ -1,7 +1,8 @@
 """What can be told of a transformers model before it runs, and the models that are refused by it.
 
-All but attention must be local to a token. What mixes tokens elsewhere (state spaces, convolutions, recurrences, pooling,
-positions that are counted from the first token at hand) is found by walking the modules, and refused by name.
+All but attention, and the mixers of `lss.integrations.hf.mixers`, must be local to a token. What mixes tokens elsewhere
+(other state spaces, convolutions, recurrences, pooling, positions that are counted from the first token at hand) is found by
+walking the modules, and refused by name.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Any
 from torch import nn
 
 from lss.config.errors import Refused, refuse
+from lss.integrations.hf.mixers import is_mixer
 
 _SHIFTED = ("ForCausalLM", "LMHeadModel")
 _UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")
 _LAYERS = {"full_attention", "sliding_attention", "attention", "dense", "sparse", "moe"}
+# of models whose mixers can be computed
+_SCANNED = {"linear_attention", "mamba"}
 # classes whose names say that they mix tokens, or choose among them, outside of plain attention
 _MIXERS = re.compile(
     r"(?i:mamba|rwkv|rglru|recurrent|linear_?attention|lightning|delta_?net|gateddelta|short_?conv|hyena|retention|"
@@ -77,7 +81,7 @@ def traits_of(model: Any) -> Traits:
     _refuse_kind(name, config)
     _refuse_modules(name, model)
     text = config.get_text_config()
-    _refuse_layers(name, text)
+    _refuse_layers(name, text, _LAYERS | (_SCANNED if any(map(is_mixer, model.modules())) else set()))
     _refuse_dropout(name, model, config)
     if getattr(text, "token_dropout", False):
         fit = "it counts the masked tokens of the whole sequence; set the config's token_dropout=False"
@@ -118,8 +122,9 @@ def _refuse_kind(name: str, config: Any) -> None:
 def _refuse_modules(name: str, model: nn.Module) -> None:
     wholes = [module for module in model.modules() if is_hf_model(module)]
     parts = [(path, module) for path, module in model.named_modules() if not is_hf_model(module)]
+    ours = tuple(f"{path}." for path, module in parts if is_mixer(module))
     for path, module in parts:
-        if _mixes(module):
+        if _mixes(module) and not is_mixer(module) and not path.startswith(ours):
             where = f"{path} ({type(module).__name__})"
             raise refuse("model", name, f"{where} mixes tokens outside of attention, which a cut sequence would get wrong")
     for module in wholes:
@@ -134,10 +139,10 @@ def _mixes(module: nn.Module) -> bool:
     return isinstance(module, _MIXING_LAYERS) or bool(_MIXERS.search(type(module).__name__))
 
 
-def _refuse_layers(name: str, text: Any) -> None:
+def _refuse_layers(name: str, text: Any, known: set[str]) -> None:
     for setting in ("layer_types", "layers_block_type", "block_types", "_block_types"):
         kinds = getattr(text, setting, None)
-        other = sorted({str(kind) for kind in kinds} - _LAYERS) if isinstance(kinds, (list, tuple)) else []
+        other = sorted({str(kind) for kind in kinds} - known) if isinstance(kinds, (list, tuple)) else []
         if other:
             raise refuse(setting, other[0], f"{name}: only full_attention and sliding_attention layers can be cut")
 

@@ -107,6 +107,7 @@ class Source:
             "d_mlp": getattr(text, "intermediate_size", None) or 4 * width,
             "vocab_size": text.vocab_size,
             "windows": _windows(text),
+            **_scans(text),
         }
 
     def save_generation(self, folder: Path) -> None:
@@ -244,6 +245,17 @@ def _transformers(setting: str, name: str) -> Any:
     import transformers
 
     return transformers
+
+
+def _scans(text: Any) -> dict[str, Any]:
+    """Which layers scan, and how large their states are, in the words of [model]; nothing where none does."""
+    kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or []
+    if "linear_attention" not in kinds:
+        return {}
+    letters = "".join("s" if kind == "linear_attention" else "a" for kind in kinds)
+    heads, groups = text.mamba_n_heads, text.mamba_n_groups
+    return {"layers": letters, "scan_heads": heads, "scan_width": heads * text.mamba_d_head, "scan_groups": groups,
+            "scan_state": text.mamba_d_state, "conv_width": text.mamba_d_conv}  # fmt: skip
 
 
 def _windows(text: Any) -> tuple[int, ...]:

@@ -111,15 +111,16 @@ KEYS = ["model.n_layers=2", "train.batch_size=1", "memory.tiles=64"]  # of which
 @pytest.mark.parametrize("overrides, name, few", [
     ([], "MANY_HOSTS", 4), (["parallel.strategy=lss_2d"], "MANY_HOSTS", 4), (["parallel.strategy=ring"], "MANY_IN_RING", 4),
     (["parallel.token_chunks=2"], "IN_RUNS", 2),
-    (["parallel.token_chunks=2", "parallel.regather=false"], "IN_RUNS", 2),
+    (["parallel.token_chunks=4", "parallel.regather=false"], "IN_RUNS", 2),
 ])  # fmt: skip
 def test_many_ranks_are_drawn_out_from_few(monkeypatch, overrides, name, few):
     """On hosts of two: sixteen ranks as they are, and as drawn out from fewer."""
     settings = [*SMALL, *KEYS, f"data.seq_len={16 * SHORT}", *overrides]
     config = load_config(None, settings).resolved(16)
-    for constant, value in (("MANY_HOSTS", 64), ("MANY_IN_RING", 64), ("IN_RUNS", 64), ("HOSTS", (2, 4))):
+    for constant, value in (("MANY_HOSTS", 64), ("MANY_IN_RING", 64), ("IN_RUNS", 64), ("RUNS", 64), ("HOSTS", (2, 4))):
         monkeypatch.setattr(drawn, constant, value)
     whole = step_drawn(config, granularity=512, ranks_per_node=2)
+    monkeypatch.setattr(drawn, "RUNS", 2)
     monkeypatch.setattr(drawn, name, few)
     taken = []
     monkeypatch.setattr(drawn, "trace_step", lambda config, **more: taken.append(config) or trace_step(config, **more))
@@ -128,9 +129,10 @@ def test_many_ranks_are_drawn_out_from_few(monkeypatch, overrides, name, few):
     assert (found.products, found.collectives) == (whole.products, whole.collectives)
     if name != "MANY_IN_RING":
         assert whole.peak.classes["gathered keys"] > 0.1 * whole.peak.bytes
-    assert found.peak.bytes == pytest.approx(whole.peak.bytes, rel=0.03)
+    near = 0.15 if "parallel.regather=false" in overrides else 0.03
+    assert found.peak.bytes == pytest.approx(whole.peak.bytes, rel=near)
     for label, size in whole.peak.classes.items():
-        assert found.peak.classes.get(label, 0) == pytest.approx(size, abs=0.03 * whole.peak.bytes), label
+        assert found.peak.classes.get(label, 0) == pytest.approx(size, abs=near * whole.peak.bytes), label
 
 
 def test_runs_of_tokens_beyond_two_are_counted_from_two():

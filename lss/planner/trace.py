@@ -102,7 +102,9 @@ def trace_step(
         with torch.random.fork_rng(devices=[]), _default_dtype(parameter_dtype(config.train.dtype)):
             model = lay_out(config, Transformer(config.model, config.data.seq_len), mesh)
         if stands_for is not None:
-            layout_of(model).stand_for(*stands_for)
+            layout = layout_of(model)
+            assert isinstance(layout, Layout), "models of transformers are not traced"
+            layout.stand_for(*stands_for)
         return run_step(config, model, granularity=granularity, ledger=ledger)
 
 

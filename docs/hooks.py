@@ -1,4 +1,4 @@
-"""What the site takes from outside of docs/: the README as its first page, CONTRIBUTING, and the examples as files."""
+"""What the site takes from outside of docs/: the README as its first page, CONTRIBUTING, examples and configs as files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md"}
+FOLDERS = ("examples", "configs")
 FENCE = re.compile(r"^(```\w+) .*$", re.MULTILINE)
 
 
@@ -18,7 +19,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add what lies outside."""
     for place, source in PAGES.items():
         files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
-    for path in sorted((ROOT / "examples").rglob("*")):
+    for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
@@ -31,5 +32,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         markdown = markdown.replace("](docs/", "](").replace("](CONTRIBUTING.md", "](contributing.md")
     else:
         markdown = markdown.replace(f"]({up}../README.md", f"]({up}index.md")
-    markdown = markdown.replace("](examples/cluster)", "](clusters.md)").replace(f"]({up}../examples/", f"]({up}examples/")
+    markdown = markdown.replace("](examples/cluster)", "](clusters.md)")
+    for folder in FOLDERS:
+        markdown = markdown.replace(f"]({up}../{folder}/", f"]({up}{folder}/")
     return FENCE.sub(r"\1", markdown)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -123,3 +125,21 @@ def test_no_group_is_left_behind():
     trace_step(_config(2, []))
     assert not dist.is_initialized()
     Transformer(_config(1, []).model, 8)
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.positions=learned", "model.vocab_size=1001"], ["optim.name=adamw8bit"]])
+def test_weights_that_are_sharded_are_laid_out_in_no_time(overrides):
+    """More ranks than rows; and by what a step takes on two ranks with data."""
+    big = _config(2048, ["parallel.fsdp=true", "data.seq_len=4096", "train.batch_size=1024", "parallel.cp=2",
+                          "parallel.dp=1024", *overrides])  # fmt: skip
+    trace_step(_config(2, ["parallel.fsdp=true"]))
+    began = time.process_time()
+    trace_step(big)
+    assert time.process_time() - began < 2.5
+    if "optim.name=adamw8bit" in overrides:
+        return
+    overrides = ["parallel.fsdp=true", *overrides]
+    for rank, (peak, collectives, counts) in enumerate(pool(2).run(_real, 2, overrides)):
+        found = trace_step(_config(2, overrides), rank=rank)
+        assert (found.collectives, found.steady, found.products) == (collectives, *counts)
+        assert found.peak.bytes == pytest.approx(peak.bytes, rel=0.1)

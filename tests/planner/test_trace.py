@@ -135,7 +135,7 @@ def test_weights_that_are_sharded_are_laid_out_in_no_time(overrides):
     trace_step(_config(2, ["parallel.fsdp=true"]))
     began = time.process_time()
     trace_step(big)
-    assert time.process_time() - began < 2.5
+    assert time.process_time() - began < 6  # 1.7 s; as fake tensors 11 s
     if "optim.name=adamw8bit" in overrides:
         return
     overrides = ["parallel.fsdp=true", *overrides]

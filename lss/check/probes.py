@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lss.comm import Communicator
 from lss.config import Config
-from lss.config.hybrid import attention_layers, scan_layers
+from lss.config.hybrid import attention_layers, scans
 from lss.data.reader import Batch
 from lss.mesh import axis_group
 from lss.segment import Segment, make_segment
@@ -154,7 +154,7 @@ def _middle_document(segment: Segment) -> tuple[int, int]:
 def _reach(config: Config) -> int | None:
     """How far a token's influence goes through all layers' windows; None where one sees everything or carries a state."""
     windows = [config.model.window_of(layer) for layer in range(config.model.n_layers)]
-    if config.model.kind == "encoder_decoder" or None in windows or scan_layers(config.model):
+    if config.model.kind == "encoder_decoder" or None in windows or scans(config.model):
         return None
     return sum(window - 1 for window in windows if window is not None)
 

@@ -25,9 +25,22 @@ def attention_layers(model: ModelConfig) -> tuple[int, ...]:
     return tuple(layer for layer in range(model.n_layers) if layer_kind(model, layer) != "scan")
 
 
-def scan_layers(model: ModelConfig) -> tuple[int, ...]:
-    """The layers that scan."""
-    return tuple(layer for layer in range(model.n_layers) if layer_kind(model, layer) != "attention")
+def scans(model: ModelConfig) -> bool:
+    """Whether any layer scans; n_layers may be any number."""
+    return any(KINDS.get(letter) != "attention" for letter in model.layers[: max(0, model.n_layers)])
+
+
+def layer_counts(model: ModelConfig) -> tuple[int, int]:
+    """How many layers attend and how many scan; n_layers may be any number."""
+    if not model.layers:
+        return model.n_layers, 0
+    rounds, rest = divmod(model.n_layers, len(model.layers))
+
+    def of(but: str) -> int:
+        kinds = [KINDS[letter] != but for letter in model.layers]
+        return rounds * sum(kinds) + sum(kinds[:rest])
+
+    return of("scan"), of("attention")
 
 
 def scan_width(model: ModelConfig) -> int:
@@ -37,7 +50,7 @@ def scan_width(model: ModelConfig) -> int:
 
 def state_numbers(model: ModelConfig) -> int:
     """Numbers of state that one row of tokens has in all layers that scan."""
-    return len(scan_layers(model)) * scan_width(model) * model.scan_state
+    return layer_counts(model)[1] * scan_width(model) * model.scan_state
 
 
 def refuse_misfit_layers(model: ModelConfig, *, strategy: str, prefix: int, plain: ModelConfig) -> None:
@@ -51,7 +64,7 @@ def refuse_misfit_layers(model: ModelConfig, *, strategy: str, prefix: int, plai
     if unknown:
         letters = ", ".join(f"{letter} for {kind}" for letter, kind in KINDS.items())
         raise refuse("model.layers", _quoted(model.layers), f'"{unknown[0]}" is no kind of layer; use {letters}')
-    if not scan_layers(model):
+    if not scans(model):
         for key in SCAN_KEYS:
             if getattr(model, key) != getattr(plain, key):
                 fit = f'model.layers={_quoted(model.layers)} has no layer that scans; leave it out, or use model.layers="s"'

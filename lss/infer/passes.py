@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lss.comm import Communicator
 from lss.config.errors import refuse
-from lss.config.hybrid import scan_layers
+from lss.config.hybrid import scans
 from lss.context_parallel import AttentionOptions
 from lss.integrations.hf import CutBatch, is_hf_model, is_mixer, traits_of, use_lss_attention
 from lss.kernels import Rules
@@ -60,7 +60,7 @@ class _Ours:
     def __init__(self, model: Transformer) -> None:
         if model.config.kind != "decoder":
             raise refuse("model.kind", f'"{model.config.kind}"', "decoders say the next token, and generate")
-        if scan_layers(model.config):
+        if scans(model.config):
             fit = "a cache holds keys and values, and no states yet; models of attention alone generate"
             raise refuse("model.layers", f'"{model.config.layers}"', fit)
         self._model, self.layers, self.vocab_size = model, model.config.n_layers, model.config.vocab_size

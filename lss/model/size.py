@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lss.config import ModelConfig
-from lss.config.hybrid import attention_layers, scan_layers, scan_width
+from lss.config.hybrid import layer_counts, scan_width
 
 
 def parameter_count(config: ModelConfig, seq_len: int) -> int:
@@ -17,7 +17,7 @@ def parameter_count(config: ModelConfig, seq_len: int) -> int:
     block = mlp + 2 * norm
     tables = seq_len * D * (2 if both else 1) if config.positions == "learned" else 0
     # the projection back of what is beside a scan reads both, behind a norm of each
-    attending, scanning = len(attention_layers(config)), len(scan_layers(config))
+    attending, scanning = layer_counts(config)
     mixers = attending * attention + scanning * _scan(config) + (attending + scanning - layers) * D
     total = config.vocab_size * D * (1 if config.tie_embeddings else 2) + tables + layers * block + mixers + norm
     # an encoder beside the decoder, with a norm at its end, and attention to it in every block of the decoder

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lss.config import ModelConfig
 from lss.config.errors import refuse
-from lss.config.hybrid import refuse_misfit_layers, scan_layers
+from lss.config.hybrid import refuse_misfit_layers, scans
 from lss.kernels import MaskMod, Rules, keep_rows, single_attention
 from lss.kernels.conv import single_conv
 from lss.kernels.dropout import fold, keyed_dropout
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
             if labels is not None and shift_labels is None:
                 shift_labels = self.targets(labels, segment.documents)
         assert positions is not None
-        if mask_mod is not None and scan_layers(self.config):
+        if mask_mod is not None and scans(self.config):
             fit = f"model.layers={self.config.layers!r}: a state goes forward through all tokens; leave it out"
             raise refuse("mask_mod", "a function", fit)
         rules, seed = self._rules(input_ids, samples, dropout_seed)
@@ -199,11 +199,11 @@ class Transformer(nn.Module):
             raise refuse("cu_seqlens", "a tensor", fit)
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise refuse("prefix", prefix, "give a whole number of tokens, 0 or more")
-        scans = f"model.layers={self.config.layers!r}: a state goes forward through all tokens; "
-        if scan_layers(self.config) and prefix:
-            raise refuse("prefix", prefix, f"{scans}use 0")
-        if scan_layers(self.config) and attention_mask is not None:
-            raise refuse("attention_mask", tuple(attention_mask.shape), f"{scans}fill rows at their ends, and leave it out")
+        why = f"model.layers={self.config.layers!r}: a state goes forward through all tokens; "
+        if scans(self.config) and prefix:
+            raise refuse("prefix", prefix, f"{why}use 0")
+        if scans(self.config) and attention_mask is not None:
+            raise refuse("attention_mask", tuple(attention_mask.shape), f"{why}fill rows at their ends, and leave it out")
         if prefix and kind == "encoder":
             raise refuse("prefix", prefix, 'model.kind="encoder" sees everything already; use 0')
         for name, mask, ids, length in (("attention_mask", attention_mask, input_ids, lengths[0]),

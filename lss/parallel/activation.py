@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from lss.comm import cp_communicator
 from lss.config import ModelConfig
 from lss.config.errors import refuse
-from lss.config.hybrid import scan_layers
+from lss.config.hybrid import scans
 from lss.context_parallel.spec import spend
 from lss.model.layers import Before, Pieces
 from lss.offload import HostTier, Kept, Offloader
@@ -108,7 +108,7 @@ class Stack:
 
 def stack_of(config: ModelConfig, strategy: str, regather: bool) -> Stack | None:
     """The stack of a model of one; None where more is saved of a block than its input, the output and lse."""
-    alike = config.kind != "encoder_decoder" and strategy == "lss" and regather and not scan_layers(config)
+    alike = config.kind != "encoder_decoder" and strategy == "lss" and regather and not scans(config)
     return Stack(config.n_layers, config.n_heads) if alike else None
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lss.config import Config, Refused, load_config, markdown_table
+from lss.config import Config, ModelConfig, Refused, load_config, markdown_table
+from lss.config.hybrid import layer_counts, scans
 from lss.config.sections import SECTIONS, keys_of, known_keys
 from lss.config.support import pairs, why_refused
 
@@ -306,3 +307,12 @@ def test_configs_take_every_pair_or_refuse_it_by_both_keys(a, b):
         load_config(None, overrides).resolved(2)
     for override in (IN_A_CONFIG[a][0], IN_A_CONFIG[b][0]):
         assert override.split("=")[0] in str(refusal.value)
+
+
+@pytest.mark.parametrize("layers, n, counts", [("", 7, (7, 0)), ("s", 3, (0, 3)), ("as", 5, (3, 2)), ("bsa", 4, (3, 3)),
+                                               ("sa", 1, (0, 1)), ("as", 1 << 40, (1 << 39, 1 << 39))])  # fmt: skip
+def test_layers_are_counted_without_being_listed(layers, n, counts):
+    """A layer that has both attends and scans."""
+    model = ModelConfig(layers=layers, n_layers=n)
+    assert layer_counts(model) == counts
+    assert scans(model) == (counts[1] > 0)

@@ -140,10 +140,12 @@ class _QueryGradient:
     """dQ of all heads, as head chunks compute it: where Q lies, if nobody reads that again, else in a tensor of its own."""
 
     def __init__(self, q: torch.Tensor, dtype: torch.dtype, chunks: int) -> None:
-        self._dtype, self._chunks = dtype, chunks
+        self._like, self._dtype, self._chunks = q, dtype, chunks
         self._spent = chunks > 1 and is_spendable(q)
         self._direct = not self._spent and dtype == q.dtype
-        self._like, self.whole = q, q if self._spent else torch.empty_like(q) if self._direct or chunks > 1 else q
+        self.whole = q  # spent; or until the one part that there is has been rounded
+        if not self._spent and (self._direct or chunks > 1):
+            self.whole = torch.empty_like(q)
 
     def room(self, heads: slice) -> torch.Tensor:
         """Where a chunk's dQ is to be written."""

@@ -56,6 +56,26 @@ class Tokens:
         return row[:, :-1].contiguous(), row[:, 1:].contiguous()
 
 
+def llama(shape: Shape, device: torch.device) -> torch.nn.Module:
+    """transformers' Llama of this shape, its layers recomputed in backward (not reentrant), torch's attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=shape.d_mlp,
+                num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads,
+                num_key_value_heads=shape.n_kv_heads, head_dim=shape.head_size,
+                max_position_embeddings=shape.seq_len, rms_norm_eps=1e-5, use_cache=False,
+                tie_word_embeddings=shape.tie_embeddings, attn_implementation="sdpa",
+                rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            )
+        )  # fmt: skip
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
 class Lazy:
     """step() that builds what it steps at the first call, so that entries do not hold memory side by side."""
 

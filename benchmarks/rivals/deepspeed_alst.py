@@ -51,25 +51,10 @@ class _Step:
     """A model, master weights and their optimizer on the host, and one step of them at each call."""
 
     def __init__(self, shape: parts.Shape, device: torch.device) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         self.shape, self.device, self.tokens = shape, device, parts.Tokens(shape, device)
-        torch.manual_seed(0)
         # transformers refuses no dtype here, and a CPU computes the same in float32
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with torch.device(device):
-            self.model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=shape.d_mlp,
-                    num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads,
-                    num_key_value_heads=shape.n_kv_heads, head_dim=shape.head_size,
-                    max_position_embeddings=shape.seq_len, rms_norm_eps=1e-5, use_cache=False,
-                    tie_word_embeddings=shape.tie_embeddings, attn_implementation="sdpa",
-                    rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-                )
-            ).to(dtype)  # fmt: skip
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.model.train()
+        self.model = parts.llama(shape, device).to(dtype)
         for layer in self.model.model.layers:
             layer.mlp.forward = partial(_tiled_mlp, layer.mlp)
         self.masters = [p.detach().to("cpu", torch.float32).clone() for p in self.model.parameters()]

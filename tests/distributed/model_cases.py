@@ -211,6 +211,17 @@ def parity_case(
     }
 
 
+def hold_parity(results: list[dict], dtype: torch.dtype) -> None:
+    """Assert that every rank's `parity_case` lies within the dtype's bound."""
+    bound = BOUNDS[dtype]
+    for rank, result in enumerate(results):
+        assert result["gradient"] <= bound, f"rank {rank}: {result['parameter']}"
+        for what in ("loss", "logits", "norm", "clipped"):
+            assert result[what] <= bound, f"rank {rank}: {what}"
+    # replicated gradients are the same numbers on every rank, to the bit
+    assert all(result["checksum"] == results[0]["checksum"] for result in results)
+
+
 def _norm_errors(parallel, layout, expected) -> dict[str, float]:
     """Relative errors of the gradient norm and of every clipped gradient against torch's clipping on one process."""
     norm = torch.stack([g.double().norm() for g in expected.values()]).norm()

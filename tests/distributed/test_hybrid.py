@@ -12,7 +12,7 @@ import lss
 from lss.comm import count_collectives
 from lss.model import Transformer
 from lss.model.size import parameter_count
-from tests.distributed.model_cases import BOUNDS, model_config, parity_case
+from tests.distributed.model_cases import BOUNDS, hold_parity, model_config, parity_case
 from tests.distributed.pool import mesh, pool
 from tests.distributed.test_parity import BORDERS
 
@@ -51,12 +51,7 @@ def cases():
 @pytest.mark.parametrize("cp, dp, options", list(cases()))
 def test_gradients_equal_one_process(cp, dp, options):
     results = pool(cp * dp).run(parity_case, cp, dp, **options)
-    bound = BOUNDS[options.get("dtype", torch.float64)]
-    for rank, result in enumerate(results):
-        assert result["gradient"] <= bound, f"rank {rank}: {result['parameter']}"
-        for what in ("loss", "logits", "norm", "clipped"):
-            assert result[what] <= bound, f"rank {rank}: {what}"
-    assert all(result["checksum"] == results[0]["checksum"] for result in results)
+    hold_parity(results, options.get("dtype", torch.float64))
 
 
 def _counted(S, layers, **options):

@@ -213,7 +213,7 @@ class MemoryConfig:
                           "copy of the weights, and gradients and weights travel in every step",
                           choices=("device", "host"))  # fmt: skip
     tiles: int | str = _key("auto", int, "tokens at a time in the loss and, where they are computed again, in projections "
-                            "and MLP; auto: a tile's widest tensor takes up to 1 GiB and 0.5 GiB (64 MiB on a CPU)", low=1,
+                            "and MLP; auto: a tile's widest tensor takes up to 1, 2 and 0.5 GiB (64 MiB on a CPU)", low=1,
                             choices=("auto",))  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def parse_options(text: str) -> dict[str, Any]:
     """"head_chunks=8;regather=false" as values of `AttentionOptions`.
 
     Raises:
-        Refused: a name that it does not have, or a value of another type than its default's.
+        Refused: a name that it does not have, or a word for `regather` that is none of its values.
     """
     known = {f.name: f.default for f in dataclasses.fields(AttentionOptions)}
     found: dict[str, Any] = {}
@@ -97,14 +97,14 @@ def parse_options(text: str) -> dict[str, Any]:
         if not equals or name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise refuse("--options", part, f"write name=value with one of {', '.join(known)}; nearest is {near}")
-        found[name] = _value(part, word, known[name])
+        found[name] = _value(word)
+        if name == "regather" and found[name] != "auto" and not isinstance(found[name], bool):
+            raise refuse("--options", part, "use true, false or auto")
     return found
 
 
-def _value(part: str, word: str, default: Any) -> Any:
-    if isinstance(default, bool):
-        if word.lower() not in ("true", "false"):
-            raise refuse("--options", part, "use true or false")
+def _value(word: str) -> Any:
+    if word.lower() in ("true", "false"):
         return word.lower() == "true"
     if word.lower() in ("none", "null"):
         return None

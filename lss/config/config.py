@@ -200,7 +200,7 @@ class Config:
         active = {parallel.strategy: f'parallel.strategy="{parallel.strategy}"'}
         switched = {
             "balanced": (parallel.order == "balanced", "parallel.order", parallel.order),
-            "regather=False": (not parallel.regather, "parallel.regather", parallel.regather),
+            "regather=False": (parallel.regather is False, "parallel.regather", parallel.regather),
             "documents": (data.packing, "data.packing", data.packing),
             "prefix": (data.prefix > 0, "data.prefix", data.prefix),
             "window": (any(model.windows), "model.windows", model.windows),

@@ -188,7 +188,8 @@ class ParallelConfig:
                           choices=("auto", "collective", "symmetric"))  # fmt: skip
     dkv_dtype: str = _key("auto", str, "what gradients of half precision keys travel in; inputs: the keys' own dtype",
                           choices=("auto", "float32", "inputs"))  # fmt: skip
-    regather: bool = _key(True, bool, "backward gathers keys and values again instead of keeping them")
+    regather: bool | str = _key("auto", bool, "backward gathers keys and values again instead of keeping them; auto: but "
+                                "on a GPU where they come to 128 MiB a layer or less", choices=("auto",))  # fmt: skip
     fsdp: bool = _key(False, bool, "shard parameters, gradients and optimizer state over all ranks")
     fsdp_reshard: bool | str = _key("auto", bool, "fsdp: blocks give gathered weights back between forward and backward; "
                                     "auto: all but the last", choices=("auto",))  # fmt: skip

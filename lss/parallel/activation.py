@@ -106,9 +106,9 @@ class Stack:
         return max(0, left // (x_BTD.numel() * dtype.itemsize + lse))
 
 
-def stack_of(config: ModelConfig, strategy: str, regather: bool) -> Stack | None:
+def stack_of(config: ModelConfig, strategy: str, regather: bool | str) -> Stack | None:
     """The stack of a model of one; None where more is saved of a block than its input, the output and lse."""
-    alike = config.kind != "encoder_decoder" and strategy == "lss" and regather and not scans(config)
+    alike = config.kind != "encoder_decoder" and strategy == "lss" and regather is not False and not scans(config)
     return Stack(config.n_layers, config.n_heads) if alike else None
 
 

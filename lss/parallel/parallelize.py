@@ -47,7 +47,7 @@ def parallelize(
     order: str = "head_tail",
     head_chunks: int | str = "auto",
     token_chunks: int | str = "auto",
-    regather: bool = True,
+    regather: bool | str = "auto",
     fsdp: bool = False,
     fsdp_reshard: bool | str = "auto",
     checkpointing: str | None = None,

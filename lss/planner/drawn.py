@@ -19,7 +19,7 @@ import torch
 
 from lss.comm.counter import Tally
 from lss.config import Config
-from lss.context_parallel import count_head_chunks, count_inner, count_token_chunks
+from lss.context_parallel import count_head_chunks, count_inner, count_token_chunks, pick_regather
 from lss.offload.saved import LEAST_BYTES
 from lss.planner.ledger import Ledger, Peak, stretch
 from lss.planner.trace import StepTrace, trace_step
@@ -134,7 +134,7 @@ def draw(
     config = replace(
         config,
         data=replace(config.data, packing=False),
-        parallel=replace(config.parallel, kernel=kernel, transport="auto"),
+        parallel=replace(config.parallel, kernel=kernel, transport="auto", regather=_regathers(config, kernel)),
     )
 
     def of_blocks(count: int) -> Drawn:
@@ -183,7 +183,7 @@ def _of_ranks(config: Config, way: _Way) -> Drawn:
         steps.append(_of_length(fewer, replace(way, ranks_per_node=way.ranks_per_node and min(way.ranks_per_node, n))))
     if len(few) == 2:
         return _line(steps[0], steps[1], (cp - few[0]) / (few[1] - few[0]), way.logits)
-    return _more_keys(steps[0], cp / few[0], runs, config.parallel.regather)
+    return _more_keys(steps[0], cp / few[0], runs, config.parallel.regather is True)
 
 
 def _few_ranks(config: Config, ranks_per_node: int | None) -> tuple[int] | tuple[int, int]:
@@ -227,16 +227,30 @@ def _with_chunks(config: Config, ranks_per_node: int | None) -> tuple[Config, fl
     assert isinstance(cp, int)
     if not parallel.strategy.startswith("lss"):
         return config, 1.0
-    rows = config.train.batch_size // config.train.accumulate // parallel.dp
-    half = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
-    shape = rows, -(-config.data.seq_len // cp), model.n_kv_heads, model.d_model // model.n_heads
-    keys = torch.empty(shape, dtype=half, device="meta")
+    keys = _keys_of(config)
     inner = count_inner(parallel.inner, parallel.strategy, model.n_kv_heads, cp, ranks_per_node or cp)
     gathering = cp > 1 and not model.windows and model.kind != "encoder_decoder"
     heads = count_head_chunks(parallel.head_chunks, parallel.strategy, keys, cp, inner, model.n_heads)
     runs = count_token_chunks(parallel.token_chunks, parallel.strategy, keys, cp, gathering)
     traced = min(runs, RUNS)
     return replace(config, parallel=replace(parallel, head_chunks=heads, token_chunks=traced)), runs / traced
+
+
+def _regathers(config: Config, kernel: str) -> bool:
+    """Whether a run of this config gathers keys twice, which a short trace might not choose."""
+    parallel = config.parallel
+    assert isinstance(parallel.cp, int)
+    return pick_regather(parallel.regather, _keys_of(config), parallel.cp, on_gpu=kernel == "traced")
+
+
+def _keys_of(config: Config) -> torch.Tensor:
+    """A tensor without data like the keys of a rank."""
+    model, parallel, cp = config.model, config.parallel, config.parallel.cp
+    assert isinstance(cp, int)
+    rows = config.train.batch_size // config.train.accumulate // parallel.dp
+    half = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+    shape = rows, -(-config.data.seq_len // cp), model.n_kv_heads, model.d_model // model.n_heads
+    return torch.empty(shape, dtype=half, device="meta")
 
 
 def _more_keys(step: Drawn, ranks: float, runs: float, regather: bool) -> Drawn:

@@ -40,7 +40,7 @@ REMEDIES: dict[str, _Remedies] = {
     ),
     "activations": _ACTIVATIONS,
     "gathered keys": (
-        ("parallel.regather=true", lambda c: not c.parallel.regather),
+        ("parallel.regather=true", lambda c: c.parallel.regather is not True),
         ("a larger parallel.head_chunks", lambda c: c.parallel.head_chunks != c.model.n_kv_heads),
         ("parallel.token_chunks=2 or more", lambda c: c.parallel.strategy == "lss"),
         ('parallel.strategy="lss_2d"', lambda c: c.parallel.strategy == "lss"),

@@ -323,7 +323,7 @@ REFUSALS = [
     (["attention", "--lengths", "2", "--nproc", "3"], "--lengths=2"),
     (["attention", "--dtype", "int8"], "--dtype=int8"),
     (["attention", "--options", "head_chunk=8"], "nearest is head_chunks"),
-    (["attention", "--options", "regather=8"], "use true or false"),
+    (["attention", "--options", "regather=8"], "use true, false or auto"),
     (["attention", "--options", "strategy=none"], "--strategies=None"),
     (["attention", "--rivals", "absent"], "--rivals=absent"),
     (["attention", "--repeat", "0"], "--repeat=0"),

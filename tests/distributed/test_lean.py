@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lss
 from lss import offload
-from lss.context_parallel import count_head_chunks
+from lss.config.errors import Refused
+from lss.context_parallel import count_head_chunks, pick_regather
 from lss.context_parallel import lss as algorithm
 from lss.model import Transformer
 from lss.model.layers import Attention
@@ -118,6 +119,18 @@ def test_head_chunks_bound_what_a_kernel_sums():
     assert count_head_chunks("auto", "lss", k[:, : 1 << 17], 1, n_heads=32) == 1
     assert count_head_chunks("auto", "lss", k.float(), 1, n_heads=32) == 1  # no fused kernel
     assert count_head_chunks("auto", "ulysses", k, 1, n_heads=32) == 1
+
+
+def test_keys_that_are_few_are_kept_on_a_gpu():
+    k = torch.empty(1, 1 << 14, 8, 128, dtype=torch.bfloat16, device="meta")
+    assert not pick_regather("auto", k, 2, on_gpu=True)  # 128 MiB of both ranks
+    assert pick_regather("auto", k, 2)  # not on a GPU
+    assert pick_regather("auto", k, 3, on_gpu=True)
+    assert pick_regather(True, k, 2, on_gpu=True)
+    assert not pick_regather(False, k, 16)
+    for word in ("false", 0, None):
+        with pytest.raises(Refused, match="regather"):
+            pick_regather(word, k, 2)
 
 
 def _calls(cp, room, changes):

@@ -10,7 +10,7 @@ from lss.bench.oracle import NAMES
 from lss.bench.plan import own_bound
 from lss.config.support import pairs, why_refused
 from lss.kernels import flash4
-from tests.distributed.cases import attention_case, make_qkv
+from tests.distributed.cases import attention_case, counted_case, make_qkv
 from tests.distributed.model_cases import parity_case
 from tests.distributed.pool import mesh, pool
 from tests.distributed.test_parity import FEATURES, SEQ2SEQ
@@ -25,9 +25,9 @@ pytestmark = [
 
 @pytest.mark.parametrize("strategy", ["lss", "lss_2d", "ring", "ulysses"])
 @pytest.mark.parametrize("order", ["head_tail", "contiguous"])
-@pytest.mark.parametrize("seq_len", [256, 253])
-def test_attention_in_float64(strategy, order, seq_len):
-    options = {"S": seq_len, "N": 8, "K": 2, "H": 64, "strategy": strategy, "order": order}
+@pytest.mark.parametrize("seq_len, regather", [(256, True), (253, True), (253, "auto")])
+def test_attention_in_float64(strategy, order, seq_len, regather):
+    options = {"S": seq_len, "N": 8, "K": 2, "H": 64, "strategy": strategy, "order": order, "regather": regather}
     for errors, *_ in pool(2, "nccl").run(attention_case, 2, **options):
         assert max(errors) <= 1e-13
 
@@ -54,6 +54,7 @@ def test_half_precision_is_no_worse_than_one_gpu(kernel, dtype, strategy, order,
     options = {"S": 1024, "N": 8, "K": 2, "H": 128, "dtype": dtype, "kernel": kernel}
     ((own, *_),) = pool(1, "nccl").run(attention_case, 1, **options)
     options |= {"strategy": strategy, "order": order, "head_chunks": chunks, "transport": transport, "dkv_dtype": dkv}
+    options["regather"] = order == "head_tail" or "auto"  # which keeps so few keys
     for errors, *_ in pool(2, "nccl").run(attention_case, 2, **options):
         hold_to(own, errors, dtype)
 
@@ -73,7 +74,8 @@ def test_two_prefixes_in_one_call_are_no_worse_than_one_gpu(dtype, S, N, K, chun
 @pytest.mark.parametrize("order", ["head_tail", "contiguous"])
 @pytest.mark.parametrize("seed", range(2))
 def test_symmetric_memory_is_exact_when_ranks_and_streams_are_late(chunks, order, seed):
-    for worst in pool(2, "nccl").run(late_case, 2, seed, 6, order=order, head_chunks=chunks):
+    how = {"order": order, "head_chunks": chunks, "regather": seed == 0}
+    for worst in pool(2, "nccl").run(late_case, 2, seed, 6, **how):
         assert worst <= 1e-13
 
 
@@ -110,6 +112,14 @@ def test_two_collectives_a_layer():
     for _, forward, backward, *_ in pool(2, "nccl").run(attention_case, 2, transport="collective", **options):
         assert forward == [("all_gather", "kv", 1, elements * 2)]
         assert backward == [("reduce_scatter", "dkv", 1, elements * 4)]
+
+
+@pytest.mark.parametrize("tokens, again", [(2048, False), (2052, True)])
+def test_keys_of_128_mib_are_kept_and_of_more_are_gathered_again(tokens, again):
+    options = {"S": tokens, "N": 16, "K": 16, "H": 256, "head_chunks": 1, "transport": "collective"}
+    for forward, backward, *_ in pool(2, "nccl").run(counted_case, 2, **options):
+        assert ("all_gather", "kv", None) in forward
+        assert (("all_gather", "kv", None) in backward) == again
 
 
 @pytest.mark.parametrize("cp, dp", [(2, 1), (1, 2)])

@@ -45,6 +45,19 @@ def test_time_and_memory_of_a_step_on_two_gpus(model, tokens):
     assert plan.peak.bytes == pytest.approx(row["peak_bytes"], rel=0.10)
 
 
+def test_a_gpu_keeps_the_keys_of_a_short_sequence():
+    """As a run there would choose by its whole length, which no trace has."""
+
+    def calls(tokens: int, *more: str) -> int:
+        config = load_config(str(ROOT / "configs/llama-1b.toml"), [f"data.seq_len={tokens}", "model.n_layers=3", *more])
+        return make_plan(config.resolved(2), HARDWARE["h100"]).calls["kv"]
+
+    assert calls(1 << 16) == 3  # 8 heads of 64: 128 MiB
+    assert calls((1 << 16) + 2) == 6
+    assert calls(1 << 16, "parallel.regather=true") == 6
+    assert calls((1 << 16) + 2, "parallel.regather=false") == 3
+
+
 @pytest.mark.parametrize("strategy, tokens, cp, chunks", [
     ("lss", 1 << 17, 16, 1), ("lss", 1 << 21, 16, 4), ("lss", 1 << 24, 16, 8 * 4), ("lss_2d", 1 << 24, 16, 1),
     ("ring", 1 << 24, 16, 1),

@@ -52,7 +52,7 @@ fuzz: venv  ## run the tests of drawn inputs with new draws, FUZZ_RUNS=5 times
 	    -k 'any or equals or random or drawn' || exit 1; done
 
 mutants: venv  ## plant known faults and show that the suite catches each
-	@$(BIN)/python tests/mutants/run.py
+	@WORKERS=$(WORKERS) $(BIN)/python tests/mutants/run.py
 
 soak: venv  ## train under random faults for about MINUTES=30, or through FAULTS=200 of them; SEED=0 draws them
 	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) --faults $(FAULTS) --seed $(SEED)

@@ -1,4 +1,4 @@
-"""Plant each mutant in a copy of the tree and show that the tests notice: `make mutants`.
+"""Plant each mutant in a copy of the tree and show that the tests notice: `make mutants`, WORKERS=2 of them at a time.
 
 Exit status 1 where a mutant survives, or where its tests fail without it.
 """
@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,11 +49,21 @@ def plant(tree: Path, mutant: Mutant) -> None:
     path.write_text(source.replace(mutant.old, mutant.new))
 
 
+def survives(folder: Path, mutant: Mutant) -> bool:
+    """Whether the tests pass with this mutant planted; says so."""
+    tree, started = folder / f"mutant_{MUTANTS.index(mutant)}", time.monotonic()
+    copy_tree(tree)
+    plant(tree, mutant)
+    survived, summary = run_tests(tree, mutant.tests)
+    shutil.rmtree(tree)
+    print(f"{'SURVIVED' if survived else 'caught':9} {mutant.name} ({time.monotonic() - started:.0f} s) {summary}", flush=True)
+    return survived
+
+
 def main(wanted: list[str]) -> int:
     """Run the mutants whose name contains one of the words given, or all."""
     mutants = [m for m in MUTANTS if not wanted or any(word in m.name for word in wanted)]
-    survivors = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(int(os.environ.get("WORKERS", "2"))) as workers:
         clean = Path(folder) / "clean"
         copy_tree(clean)
         every_test = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
@@ -59,16 +71,8 @@ def main(wanted: list[str]) -> int:
         print(f"{'pass' if passed else 'FAIL':9} without any mutant: {summary}", flush=True)
         if not passed:
             return 1
-        for number, mutant in enumerate(mutants):
-            tree, started = Path(folder) / f"mutant_{number}", time.monotonic()
-            copy_tree(tree)
-            plant(tree, mutant)
-            survived, summary = run_tests(tree, mutant.tests)
-            if survived:
-                survivors.append(mutant.name)
-            word = "SURVIVED" if survived else "caught"
-            print(f"{word:9} {mutant.name} ({time.monotonic() - started:.0f} s) {summary}", flush=True)
-    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants caught")
+        survivors = sum(workers.map(partial(survives, Path(folder)), mutants))
+    print(f"{len(mutants) - survivors} of {len(mutants)} mutants caught")
     return 1 if survivors else 0
 
 

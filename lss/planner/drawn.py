@@ -21,6 +21,7 @@ from lss.comm.counter import Tally
 from lss.config import Config
 from lss.context_parallel import count_head_chunks, count_inner, count_token_chunks
 from lss.offload.saved import LEAST_BYTES
+from lss.planner.fakes import QuickFakes
 from lss.planner.ledger import Ledger, Peak, stretch
 from lss.planner.trace import StepTrace, trace_step
 from lss.tiled import HIDDEN_BYTES, PROJECTED_BYTES
@@ -86,6 +87,7 @@ class Traces:
 
     def __init__(self) -> None:
         self._taken: dict[tuple[str, int, int | None], tuple[Ledger, StepTrace]] = {}
+        self._fakes = QuickFakes()
 
     def of(
         self, config: Config, granularity: int, ranks_per_node: int | None, most_logits: int,
@@ -96,7 +98,7 @@ class Traces:
         if key not in self._taken:
             ledger = Ledger(granularity, config.model.vocab_size)
             how = {"granularity": granularity, "ranks_per_node": ranks_per_node, "stands_for": stands_for}
-            trace = trace_step(config, ledger=ledger, **how)
+            trace = trace_step(config, ledger=ledger, fakes=self._fakes, **how)
             self._taken[key] = ledger, trace
         ledger, trace = self._taken[key]
         ledger.most_logits = most_logits  # which is by the run's length

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from lss.config import Config
 from lss.config.errors import Refused
+from lss.planner.drawn import Traces
 from lss.planner.hardware import Hardware
 from lss.planner.plan import Plan, make_plan
 from lss.planner.remedies import size
@@ -73,6 +74,7 @@ class Search:
         self, build: Build, hardware: Hardware, fixed: Iterable[str], on_try: Callable[[Tried], None] = lambda tried: None
     ) -> None:
         self._build, self._hardware, self._fixed, self._on_try = build, hardware, frozenset(fixed), on_try
+        self._traces = Traces()
         self._far: dict[tuple[Settings, int], tuple[int, int]] = {}
 
     # -- the three questions -------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ class Search:
         return None
 
     def _planned(self, settings: Settings, config: Config, cp: int | None) -> Tried:
-        plan = make_plan(config, self._hardware)
+        plan = make_plan(config, self._hardware, self._traces)
         if plan.fits:
             return Tried(settings, plan)
         if plan.peak.bytes <= plan.room:

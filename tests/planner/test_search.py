@@ -24,7 +24,7 @@ def build(settings, ranks):
     return config.resolved(ranks) if ranks else config
 
 
-def made_up(config, hardware):
+def made_up(config, hardware, traces=None):
     """A plan by arithmetic, so that thousands are cheap: less memory costs time, and so do more ranks a sequence."""
     memory, parallel = config.memory, config.parallel
     rows = config.train.batch_size / parallel.dp

@@ -200,6 +200,11 @@ class Ledger(TorchDispatchMode):
             self._live -= self._pieces[number].bytes
             self._events.append((~number, self.phase, ""))
 
+    def forget(self) -> None:
+        """Leave what only a step under way needs: what remains can be sent to another process."""
+        self.closed, self.on_operation = True, None
+        self._alive.clear()
+
     # -- what comes of it ------------------------------------------------------------------------------------------------
 
     def timeline(self) -> list[tuple[str, int]]:

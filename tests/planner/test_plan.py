@@ -9,7 +9,7 @@ import pytest
 from lss.cli import main
 from lss.comm.counter import Tally
 from lss.config import load_config
-from lss.planner import HARDWARE, drawn, find_hardware, make_plan, trace_step
+from lss.planner import HARDWARE, drawn, find_hardware, make_plan, trace_step, tracers
 from lss.planner.drawn import SHORT, Drawn
 from lss.planner.estimate import step_drawn
 from lss.planner.exchange import seconds_of
@@ -123,7 +123,7 @@ def test_many_ranks_are_drawn_out_from_few(monkeypatch, overrides, name, few):
     monkeypatch.setattr(drawn, "RUNS", 2)
     monkeypatch.setattr(drawn, name, few)
     taken = []
-    monkeypatch.setattr(drawn, "trace_step", lambda config, **more: taken.append(config) or trace_step(config, **more))
+    monkeypatch.setattr(tracers, "trace_step", lambda config, **more: taken.append(config) or trace_step(config, **more))
     found = step_drawn(config, granularity=512, ranks_per_node=2)
     assert max(few.parallel.cp for few in taken) <= 8
     assert (found.products, found.collectives) == (whole.products, whole.collectives)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -85,6 +88,21 @@ def test_the_command(capsys):
     assert "at 2 an hour" in told
     assert "days" in told
     assert "none of them measured" in told
+
+
+@pytest.mark.parametrize("ranks, overrides", [
+    (3456, ["parallel.cp=144", "data.seq_len=50112", "--gpu", "v100"]), (131072, ["data.seq_len=134217728"]),
+])  # fmt: skip
+def test_a_plan_of_many_devices_takes_a_minute_and_4_gib_at_most(ranks, overrides):
+    line = [sys.executable, "-m", "lss", "plan", str(ROOT / "configs/llama-1b.toml"), *overrides, "--gpus", str(ranks)]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    told = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode in (0, 1)  # it fits, or not
+    assert f"on {ranks:,} x " in told
+    assert used.ru_maxrss * 1024 < 4 << 30  # a third of a GiB
+    assert used.ru_utime + used.ru_stime < 60  # 6 s and 12 s
 
 
 def test_what_does_not_fit_is_told_with_what_would_help(capsys):

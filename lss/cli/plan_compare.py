@@ -27,6 +27,7 @@ def compare(options: argparse.Namespace) -> int:
     from lss.planner.compare import LENGTHS, RANKS, Row
     from lss.planner.compare import compare as rows_of
     from lss.planner.compare_tables import tables
+    from lss.planner.tracers import Tracers
 
     def build(settings: Sequence[str], ranks: int) -> Config:
         return load_config(path, [*overrides, *settings]).resolved(ranks)
@@ -34,12 +35,13 @@ def compare(options: argparse.Namespace) -> int:
     lengths = (config.data.seq_len,) if any(o.startswith("data.seq_len=") for o in overrides) else LENGTHS
     ranks = [n for n in RANKS if options.gpus is None or n <= options.gpus]
     console = Console(stderr=True)
-    with console.status("planning") as status:
+    # processes are forked before the console's thread begins
+    with Tracers() as tracers, console.status("planning") as status:
 
         def note(row: Row) -> None:
             status.update(f"{row['strategy']}, {row['ranks']:,} ranks, {row['tokens']:,} tokens")
 
-        rows = rows_of(build, find_hardware(options.gpu), ranks, lengths, note)
+        rows = rows_of(build, find_hardware(options.gpu), ranks, lengths, note, tracers)
     text = tables(rows)
     print(text, end="")
     if folder is not None:

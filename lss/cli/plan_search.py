@@ -27,6 +27,7 @@ def search(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lss.planner import Search, find_hardware
+    from lss.planner.tracers import Tracers
 
     def build(settings: Sequence[str], ranks: int) -> Config:
         found = load_config(path, [*overrides, *settings])
@@ -34,7 +35,8 @@ def search(options: argparse.Namespace) -> int:
 
     hardware, console, began = find_hardware(options.gpu), Console(), time.monotonic()
     fixed = {override.split("=", 1)[0] for override in overrides}
-    with console.status("planning") as status:
+    # processes are forked before the console's thread begins
+    with Tracers() as tracers, console.status("planning") as status:
         count = 0
 
         def note(tried: Tried) -> None:
@@ -42,7 +44,7 @@ def search(options: argparse.Namespace) -> int:
             count += 1
             status.update(f"{count} planned; {' '.join(tried.settings)}")
 
-        looking = Search(build, hardware, fixed, note)
+        looking = Search(build, hardware, fixed, note, tracers)
         if options.search:
             tried, what = looking.best(ranks), f"the fastest on {ranks:,} x {hardware.name}"
         elif options.longest:

@@ -14,6 +14,7 @@ from lss.config.errors import Refused
 from lss.planner.drawn import Traces
 from lss.planner.hardware import Hardware
 from lss.planner.plan import make_plan
+from lss.planner.tracers import Tracers
 
 Row = dict[str, Any]
 Build = Callable[[Sequence[str], int], Config]
@@ -33,13 +34,14 @@ ALIKE = 0.05
 
 def compare(
     build: Build, hardware: Hardware, ranks: Iterable[int] = RANKS, lengths: Iterable[int] = LENGTHS,
-    on_row: Callable[[Row], None] = lambda row: None,
+    on_row: Callable[[Row], None] = lambda row: None, tracers: Tracers | None = None,
 ) -> list[Row]:
     """A row for each strategy, number of ranks and length whose segments are not too short.
 
     Args:
         build: makes a config of overrides, resolved for a number of ranks; may raise Refused.
         on_row: called with each row as it is made.
+        tracers: processes that take the plans' traces; by default this one does.
 
     Returns:
         rows with strategy, ranks, tokens, gpu, status ("ok", "does not fit" or "cannot: why"), and of a plan seconds (of a
@@ -49,7 +51,7 @@ def compare(
     rows: list[Row] = []
     lengths, ranks = tuple(lengths), tuple(ranks)
     for strategy in COMPARED:
-        traces = Traces()  # other strategies share none
+        traces = Traces(tracers)  # other strategies share none
         for n in ranks if strategy == "lss" else [n for n in ranks if n > 1]:
             for tokens in lengths:
                 if tokens < LEAST_SEGMENT * n:

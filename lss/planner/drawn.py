@@ -21,8 +21,10 @@ from lss.comm.counter import Tally
 from lss.config import Config
 from lss.context_parallel import count_head_chunks, count_inner, count_token_chunks, pick_regather
 from lss.offload.saved import LEAST_BYTES
+from lss.planner.fakes import QuickFakes
 from lss.planner.ledger import Ledger, Peak, stretch
-from lss.planner.trace import StepTrace, trace_step
+from lss.planner.trace import StepTrace
+from lss.planner.tracers import Request, Tracers
 from lss.tiled import HIDDEN_BYTES, PROJECTED_BYTES
 from lss.train.steps import parameter_dtype
 
@@ -82,25 +84,35 @@ class Drawn:
 
 
 class Traces:
-    """Takes traces and keeps them: plans that differ in the sequence's length alone are drawn from the same ones."""
+    """Takes traces and keeps them: plans that differ in the sequence's length alone are drawn from the same ones.
 
-    def __init__(self) -> None:
-        self._taken: dict[tuple[str, int, int | None], tuple[Ledger, StepTrace]] = {}
+    Args:
+        tracers: processes that take them; by default this one does.
+    """
 
-    def of(
+    def __init__(self, tracers: Tracers | None = None) -> None:
+        self._taken: dict[str, tuple[Ledger, StepTrace]] = {}
+        self._fakes, self._tracers = QuickFakes(), tracers
+
+    def ask(
         self, config: Config, granularity: int, ranks_per_node: int | None, most_logits: int,
         stands_for: tuple[int, int] | None = None,
-    ) -> Drawn:  # fmt: skip
-        """A step as `trace_step` finds it, with its ledger."""
-        key = repr((config, stands_for)), granularity, ranks_per_node
-        if key not in self._taken:
-            ledger = Ledger(granularity, config.model.vocab_size)
-            how = {"granularity": granularity, "ranks_per_node": ranks_per_node, "stands_for": stands_for}
-            trace = trace_step(config, ledger=ledger, **how)
-            self._taken[key] = ledger, trace
-        ledger, trace = self._taken[key]
-        ledger.most_logits = most_logits  # which is by the run's length
-        return Drawn.of(trace, ledger)
+    ) -> Callable[[], Drawn]:  # fmt: skip
+        """Have a step traced; what is returned waits for it, and gives it with its ledger."""
+        request = Request(config, granularity, ranks_per_node, stands_for)
+        key = repr(request)
+        if self._tracers is not None and key not in self._taken:
+            self._tracers.ask(key, request)
+
+        def found() -> Drawn:
+            if key not in self._taken:
+                beside = self._tracers.result(key) if self._tracers is not None else None
+                self._taken[key] = beside or request.take(self._fakes)
+            ledger, trace = self._taken[key]
+            ledger.most_logits = most_logits  # which is by the run's length
+            return Drawn.of(trace, ledger)
+
+        return found
 
 
 @dataclass(frozen=True)
@@ -137,17 +149,18 @@ def draw(
         parallel=replace(config.parallel, kernel=kernel, transport="auto", regather=_regathers(config, kernel)),
     )
 
-    def of_blocks(count: int) -> Drawn:
+    def of_blocks(count: int) -> Callable[[], Drawn]:
         return _of_ranks(replace(config, model=replace(config.model, n_layers=count)), way)
 
     # layers of several kinds come again after so many; models of whole rounds are compared
     round_of = max(1, len(config.model.layers))
     # of one block alone the peak is elsewhere: nothing of another one is kept while it is computed again
     least = 2 * round_of
-    few = of_blocks(min(least, blocks))
+    asked = [of_blocks(min(least, blocks))]
     if blocks <= least:
-        return few
-    more, rounds = of_blocks(least + round_of), (blocks - least) / round_of
+        return asked[0]()
+    asked.append(of_blocks(least + round_of))
+    (few, more), rounds = (step() for step in asked), (blocks - least) / round_of
 
     def whole(a: int, b: int) -> int:
         return round(a + max(0, b - a) * rounds)
@@ -171,8 +184,8 @@ def _by_call(of: Callable[[int, int], int], a: _Calls, b: _Calls) -> _Calls:
     return found
 
 
-def _of_ranks(config: Config, way: _Way) -> Drawn:
-    """A step with the config's number of blocks; of many ranks drawn out from few."""
+def _of_ranks(config: Config, way: _Way) -> Callable[[], Drawn]:
+    """A step with the config's number of blocks; of many ranks drawn out from few. Traces are asked for at once."""
     config, runs = _with_chunks(config, way.ranks_per_node)
     cp, few = config.parallel.cp, _few_ranks(config, way.ranks_per_node)
     assert isinstance(cp, int)
@@ -182,8 +195,8 @@ def _of_ranks(config: Config, way: _Way) -> Drawn:
         fewer = config if n == cp else fewer
         steps.append(_of_length(fewer, replace(way, ranks_per_node=way.ranks_per_node and min(way.ranks_per_node, n))))
     if len(few) == 2:
-        return _line(steps[0], steps[1], (cp - few[0]) / (few[1] - few[0]), way.logits)
-    return _more_keys(steps[0], cp / few[0], runs, config.parallel.regather is True)
+        return lambda: _line(steps[0](), steps[1](), (cp - few[0]) / (few[1] - few[0]), way.logits)
+    return lambda: _more_keys(steps[0](), cp / few[0], runs, config.parallel.regather is True)
 
 
 def _few_ranks(config: Config, ranks_per_node: int | None) -> tuple[int] | tuple[int, int]:
@@ -272,7 +285,7 @@ def _more_keys(step: Drawn, ranks: float, runs: float, regather: bool) -> Drawn:
     return replace(step, peak=ledger.peak(), ledger=ledger, collectives=calls)
 
 
-def _of_length(config: Config, way: _Way) -> Drawn:
+def _of_length(config: Config, way: _Way) -> Callable[[], Drawn]:
     """A step of ranks that are all traced; of a long sequence drawn out from two short ones."""
     cp, length = config.parallel.cp, config.data.seq_len
     assert isinstance(cp, int)
@@ -285,7 +298,7 @@ def _of_length(config: Config, way: _Way) -> Drawn:
     half = 2 if config.train.dtype == "bfloat16" else 4
     most = 2 * min(way.logits, rows * -(-length // cp) * config.model.vocab_size * half) if config.train.compile else 0
     if length <= 2 * short * cp:
-        return way.traces.of(config, way.granularity, way.ranks_per_node, most)
+        return way.traces.ask(config, way.granularity, way.ranks_per_node, most)
     local, steps = -(-length // cp), []
     tiles, before = _tiles(config, rows, local, way.logits)
     for tokens in (short, 2 * short):
@@ -295,8 +308,8 @@ def _of_length(config: Config, way: _Way) -> Drawn:
             memory=replace(config.memory, tiles=-(-rows * tokens // tiles)),
         )
         stands_for = -(-tokens // before), _layer_bytes(config, rows * local)
-        steps.append(way.traces.of(shorter, way.granularity, way.ranks_per_node, most, stands_for))
-    return _line(steps[0], steps[1], (length / cp - short) / short, way.logits)
+        steps.append(way.traces.ask(shorter, way.granularity, way.ranks_per_node, most, stands_for))
+    return lambda: _line(steps[0](), steps[1](), (length / cp - short) / short, way.logits)
 
 
 def _layer_bytes(config: Config, tokens: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ CLASSES = {
     "temporary": "what an operation makes and the next ones use up",
     "host": "host memory that activations and optimizer state are kept in; no memory of the device",
 }
+_DEVICE = torch.ops.prim.device.default  # which fake tensors are asked as if it were an operation
 _PURPOSES = {"kv": "gathered keys", "dkv": "gathered keys", "gradients": "gradients"}
 
 
@@ -84,6 +85,7 @@ class Ledger(TorchDispatchMode):
             MemoryError; 0 for any number.
         most_logits: bytes of logits that count at most at any time, 0 for all: a compiled softmax makes no more than the
             product and its gradient, however many tensors the same makes that is not compiled.
+        on_operation: called with each operation, its arguments and its outputs.
     """
 
     granularity: int = 1
@@ -92,6 +94,7 @@ class Ledger(TorchDispatchMode):
     most_logits: int = 0
     phase: str = "before"
     shortage: Shortage | None = None
+    on_operation: Callable[[Any, Any, Any, Any], None] | None = None
     closed: bool = False  # what ends from here on is no part of the step
     _pieces: dict[int, _Piece] = field(default_factory=dict)
     _live: int = 0
@@ -138,14 +141,18 @@ class Ledger(TorchDispatchMode):
             if out_of_memory(error):  # noted here: on the way up what is live is freed
                 self.shortage = self._shortage(str(func), args)
             raise
-        for x in tree_leaves(out):
+        if func is _DEVICE:
+            return out
+        for x in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(x, torch.Tensor):
-                self._note(x, str(func), None)
+                self._note(x, func, None)
+        if self.on_operation is not None:
+            self.on_operation(func, args, kwargs or {}, out)
         return out
 
-    def _note(self, tensor: torch.Tensor, operation: str, label: str | None) -> None:
+    def _note(self, tensor: torch.Tensor, operation: object, label: str | None) -> None:
         tensor = getattr(tensor, "_local_tensor", tensor)  # a distributed tensor's own part
-        if tensor.device.type == "meta" and not isinstance(tensor, torch._subclasses.FakeTensor):
+        if not isinstance(tensor, torch._subclasses.FakeTensor) and tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -155,7 +162,7 @@ class Ledger(TorchDispatchMode):
             size = -(-storage.nbytes() // self.granularity) * self.granularity
             self._pieces[number] = _Piece(size, label or self._guess(tensor), self.phase)
             self._alive[key] = number
-            self._events.append((number, self.phase, operation))
+            self._events.append((number, self.phase, str(operation)))
             weakref.finalize(storage, self._gone, key, number)
             self._live += size
             if self._live > self.limit > 0:
@@ -192,6 +199,11 @@ class Ledger(TorchDispatchMode):
             del self._alive[key]
             self._live -= self._pieces[number].bytes
             self._events.append((~number, self.phase, ""))
+
+    def forget(self) -> None:
+        """Leave what only a step under way needs: what remains can be sent to another process."""
+        self.closed, self.on_operation = True, None
+        self._alive.clear()
 
     # -- what comes of it ------------------------------------------------------------------------------------------------
 

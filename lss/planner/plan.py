@@ -93,9 +93,8 @@ def make_plan(config: Config, hardware: Hardware, traces: Traces | None = None) 
     )
     peak, calls, cp = step.peak, step.collectives, config.parallel.cp
     assert isinstance(cp, int)
-    attention = _attention_flops(config)
     seconds = {
-        "attention": attention / attention_rate(hardware, _head_size(config), config.data.seq_len),
+        "attention": attention_seconds(config, hardware),
         "matrices": step.products / hardware.matrices,
     }
     seconds["exchange"] = _exposed(config, hardware, calls, seconds["attention"])
@@ -106,6 +105,11 @@ def make_plan(config: Config, hardware: Hardware, traces: Traces | None = None) 
     flat, staged = (seconds_of(hardware, calls, cp, _KEYS.__contains__, flat=flat) for flat in (True, False))
     return Plan(peak, int(hardware.memory), seconds, step.payload, _model_flops(config), tokens, _ranks(config), hardware,
                 step.calls, flat, staged)  # fmt: skip
+
+
+def attention_seconds(config: Config, hardware: Hardware) -> float:
+    """Seconds of a step's scores and values of the rank that has most; no trace is needed."""
+    return _attention_flops(config) / attention_rate(hardware, _head_size(config), config.data.seq_len)
 
 
 def _ranks(config: Config) -> int:

@@ -6,20 +6,25 @@ Nothing here computes a time or a byte of its own: every candidate is a `Plan`. 
   share a sequence they are tried in this order until one fits; what comes behind it could only be slower.
 - More ranks a sequence exchange more keys for the same work, but leave more room. So once the fastest rung fits, `cp` grows
   until two in a row were slower.
-- A rung that was far from fitting with fewer ranks a sequence is not traced again where its activations, divided among more,
-  still leave it far from that.
+- A rung that was far from fitting with fewer ranks a sequence, half as many sequences, or weights that are not sharded, is
+  not traced again where its activations, divided among more, doubled or as they are, still leave it far from that.
+- What cannot be as fast as a plan that fits is not traced: the time of attention is known without, and that of matrix
+  products is as of plans that compute as much again, or less, token for token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lss.config import Config
 from lss.config.errors import Refused
+from lss.planner.drawn import Traces
 from lss.planner.hardware import Hardware
-from lss.planner.plan import Plan, make_plan
+from lss.planner.plan import Plan, attention_seconds, make_plan
 from lss.planner.remedies import size
+from lss.planner.tracers import Tracers
 from lss.train.memory import host_state_bytes, state_bytes
 
 # (memory.checkpointing, memory.offload), the fastest first.
@@ -41,11 +46,15 @@ Settings = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Tried:
-    """One candidate: its settings as overrides, its plan (None where none was needed or it was refused), and why it lost."""
+    """One candidate: its settings as overrides, its plan (None where none was needed or it was refused), and why it lost.
+
+    `slower`: it was not planned, since it could not be as fast as one that fits.
+    """
 
     settings: Settings
     plan: Plan | None
     why: str = ""
+    slower: bool = False
 
     @property
     def fits(self) -> bool:
@@ -67,13 +76,22 @@ class Search:
         hardware: to plan for.
         fixed: names of keys that stay as they are.
         on_try: called with each candidate as it is done.
+        tracers: processes that take the plans' traces; by default this one does.
     """
 
     def __init__(
-        self, build: Build, hardware: Hardware, fixed: Iterable[str], on_try: Callable[[Tried], None] = lambda tried: None
-    ) -> None:
+        self, build: Build, hardware: Hardware, fixed: Iterable[str], on_try: Callable[[Tried], None] = lambda tried: None,
+        tracers: Tracers | None = None,
+    ) -> None:  # fmt: skip
         self._build, self._hardware, self._fixed, self._on_try = build, hardware, frozenset(fixed), on_try
+        self._traces = Traces(tracers)
+        # kind -> (ranks a sequence, bytes beside the state) of the latest that did not fit
         self._far: dict[tuple[Settings, int], tuple[int, int]] = {}
+        # (kind, ranks a sequence) -> bytes beside the state, and of the host
+        self._beside: dict[tuple[tuple[Settings, int], int], tuple[int, int]] = {}
+        # checkpointing -> seconds of matrix products for each token of a rank
+        self._matrices: dict[str, float] = {}
+        self._least = math.inf  # seconds a token of the fastest that fits, where the fastest is looked for
 
     # -- the three questions -------------------------------------------------------------------------------------------
 
@@ -82,19 +100,19 @@ class Search:
         tried: list[Tried] = []
         worse = 0
         for cp in self._cps(ranks):
+            before = self._least
             here = self._at_cp(cp, ranks)
-            before = min((t.cost for t in tried if t.fits), default=None)
             tried += here
             now = min((t.cost for t in here if t.fits), default=None)
             fastest = any(t.fits and set(self._rungs()[0]) <= set(t.settings) for t in tried)
-            if fastest and now is not None and before is not None:
-                worse = worse + 1 if now >= before else 0
+            if fastest and before < math.inf and (now is not None or any(t.slower for t in here)):
+                worse = worse + 1 if now is None or now >= before else 0
                 if worse == 2:
                     break
         fitting = sorted((t for t in tried if t.fits), key=lambda t: t.cost)
         if fitting:
             fitting = self._varied(fitting, ranks)
-        losers = [Tried(t.settings, t.plan, t.why or _slower(t, fitting[0])) for t in fitting[1:]]
+        losers = [replace(t, why=t.why or _slower(t, fitting[0])) for t in fitting[1:]]
         return fitting[:1] + losers + [t for t in tried if not t.fits]
 
     def longest(self, ranks: int) -> tuple[Tried | None, int]:
@@ -139,14 +157,15 @@ class Search:
         layout = self._free({"parallel.cp": cp, "parallel.dp": ranks // cp})
         if "train.batch_size" not in self._fixed:
             layout += (f"train.batch_size={rows * ranks // cp}",)
-        for sharded in ("false", "true") if ranks > 1 and "parallel.fsdp" not in self._fixed else (None,):
-            base = layout if sharded is None else (*layout, f"parallel.fsdp={sharded}")
-            for number, rung in enumerate(self._rungs()):
-                tried.append(self._try((*base, *rung), ranks, cp))
-                if tried[-1].fits:
-                    if number == 0:  # sharding could only be slower
-                        return tried
-                    break
+        sharding: list[str | None] = ["false", "true"] if ranks > 1 and "parallel.fsdp" not in self._fixed else [None]
+        for number, rung in enumerate(self._rungs()):
+            for sharded in list(sharding):
+                base = layout if sharded is None else (*layout, f"parallel.fsdp={sharded}")
+                tried.append(self._try((*base, *rung), ranks, cp, seek=True))
+                if tried[-1].fits or tried[-1].slower:  # what comes behind it could only be slower
+                    sharding.remove(sharded)
+                if tried[-1].fits and number == 0:  # sharding could only be slower
+                    return tried
         return tried
 
     def _rungs(self) -> list[Settings]:
@@ -182,12 +201,18 @@ class Search:
 
     # -- one candidate -------------------------------------------------------------------------------------------------
 
-    def _try(self, settings: Settings, ranks: int, cp: int | None = None) -> Tried:
+    def _try(self, settings: Settings, ranks: int, cp: int | None = None, *, seek: bool = False) -> Tried:
+        """A candidate, planned or passed over; where the fastest is sought, with its number of ranks a sequence."""
         try:
             config = self._build(settings, ranks)
-            tried = self._passed_over(settings, config, cp) or self._planned(settings, config, cp)
+            tried = self._passed_over(settings, config, cp)
+            if tried is None and seek:
+                tried = self._too_slow(settings, config)
+            tried = tried or self._planned(settings, config, cp)
         except Refused as refusal:
             tried = Tried(settings, None, f"refused: {refusal}")
+        if seek and tried.fits:
+            self._least = min(self._least, tried.cost)
         self._on_try(tried)
         return tried
 
@@ -198,20 +223,47 @@ class Search:
             return Tried(settings, None, f"does not fit: weights, gradients and optimizer alone take {size(held)}")
         if host_state_bytes(config) > self._hardware.host:
             return Tried(settings, None, f"does not fit: the host would keep {size(host_state_bytes(config))}")
-        if cp is not None and (kind := self._kind(settings, config)) in self._far:
-            fewer, rest = self._far[kind]
+        if cp is None:
+            return None
+        rung, rows = self._kind(settings, config)
+        if (rung, rows) in self._far:
+            fewer, rest = self._far[rung, rows]
             if held + rest * fewer / cp > FAR * room:
                 return Tried(settings, None, f"does not fit: far from it with cp={fewer}, as activations shrink with cp")
+        whole = tuple(s.replace("parallel.fsdp=true", "parallel.fsdp=false") for s in rung)
+        rest, _ = self._beside.get(((whole, rows), cp), (0, 0))
+        if whole != rung and held + rest > FAR * room:
+            return Tried(settings, None, f"does not fit: far from it, with {size(rest)} beside the weights that are sharded")
+        rest, host = self._beside.get(((rung, rows // 2), cp), (0, 0)) if rows % 2 == 0 else (0, 0)
+        if held + 2 * rest > FAR * room or 2 * host > FAR * self._hardware.host:
+            what = f"{size(2 * host)} of the host" if held + 2 * rest <= FAR * room else size(held + 2 * rest)
+            return Tried(settings, None, f"does not fit: by half as many sequences, {what}")
         return None
 
+    def _too_slow(self, settings: Settings, config: Config) -> Tried | None:
+        """Without a trace, where what it must compute takes longer than all of a plan that fits."""
+        if self._least == math.inf:
+            return None
+        again = [kept for kept, _ in RUNGS]
+        as_much = again[: len(again) - again[::-1].index(config.memory.checkpointing)]
+        matrices = max((self._matrices.get(kept, 0.0) for kept in as_much), default=0.0)
+        least = attention_seconds(config, self._hardware) + matrices * _tokens_of_a_rank(config)
+        ratio = least / (config.train.batch_size * config.data.seq_len) / self._least
+        return Tried(settings, None, f"at least {ratio:.3f}x the time", slower=True) if ratio > 1 else None
+
     def _planned(self, settings: Settings, config: Config, cp: int | None) -> Tried:
-        plan = make_plan(config, self._hardware)
+        plan = make_plan(config, self._hardware, self._traces)
+        kept, each = config.memory.checkpointing, plan.seconds["matrices"] / _tokens_of_a_rank(config)
+        self._matrices[kept] = min(each, self._matrices.get(kept, each))
+        rest = plan.peak.bytes - state_bytes(config)
+        if cp is not None:
+            self._beside[self._kind(settings, config), cp] = rest, plan.peak.host
         if plan.fits:
             return Tried(settings, plan)
         if plan.peak.bytes <= plan.room:
             return Tried(settings, plan, f"does not fit: the host would keep {size(plan.peak.host)}")
         if cp is not None:
-            self._far[self._kind(settings, config)] = cp, plan.peak.bytes - state_bytes(config)
+            self._far[self._kind(settings, config)] = cp, rest
         label = max(plan.peak.classes, key=plan.peak.classes.__getitem__)
         why = f"does not fit: {size(plan.peak.bytes)}, {label} {size(plan.peak.classes[label])}"
         return Tried(settings, plan, why)
@@ -259,6 +311,11 @@ class Search:
             if slope > 0:
                 lengths.append(tokens + (room - b) / slope)
         return int(min(min(lengths, default=16.0 * tokens) * (1 + CLOSE), 64.0 * tokens))
+
+
+def _tokens_of_a_rank(config: Config) -> int:
+    assert isinstance(config.parallel.cp, int)
+    return config.train.batch_size // config.parallel.dp * -(-config.data.seq_len // config.parallel.cp)
 
 
 def _slower(loser: Tried, best: Tried) -> str:

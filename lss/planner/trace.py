@@ -15,9 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lss.comm import communicator, count_collectives, cp_communicator
@@ -25,9 +23,10 @@ from lss.comm.counter import Tally, listening
 from lss.config import Config
 from lss.config.errors import Refused
 from lss.data.reader import Batch
-from lss.mesh import close, init_mesh
+from lss.mesh import init_mesh
 from lss.model import Transformer
 from lss.parallel import Layout, clip_grad_norm_, layout_of
+from lss.planner.fakes import QuickFakes
 from lss.planner.ledger import Ledger, Peak
 from lss.train.host_optim import HostAdamW
 from lss.train.models import lay_out
@@ -60,24 +59,22 @@ class StepTrace:
     products: int
 
 
-class Products(TorchDispatchMode):
+class Products:
     """Counts the FLOPs of matrix products, by torch's own formulas; attention's operators are not among them."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.flops = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        product = _PRODUCTS.get(func._overloadpacket)
+    def __call__(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """As a ledger tells of an operation."""
+        product = _PRODUCTS.get(func.overloadpacket)
         if product is not None:
-            self.flops += flop_registry[product](*args, **(kwargs or {}), out_val=out)
-        return out
+            self.flops += flop_registry[product](*args, **kwargs, out_val=out)
 
 
 def trace_step(
     config: Config, *, rank: int = 0, ranks_per_node: int | None = None, granularity: int = 1, ledger: Ledger | None = None,
-    stands_for: tuple[int, int] | None = None,
+    stands_for: tuple[int, int] | None = None, fakes: QuickFakes | None = None,
 ) -> StepTrace:  # fmt: skip
     """Trace one step of `rank` in a run of this config, resolved for its number of ranks.
 
@@ -89,6 +86,7 @@ def trace_step(
         granularity: bytes that an allocation is rounded up to.
         ledger: takes the notes, where they are wanted beyond what is returned.
         stands_for: `Layout.stand_for` of a longer sequence; by default none.
+        fakes: those of earlier traces, which know operations already.
 
     Raises:
         Refused: packed documents, whose lengths are not known before they are read; or what the layout refuses.
@@ -99,7 +97,7 @@ def trace_step(
     if config.memory.offload_gib == "auto":  # this machine's memory is not the planned one's
         config = replace(config, memory=replace(config.memory, offload_gib=ENOUGH_GIB))
     with _fake_mesh(config, rank, ranks_per_node) as mesh:
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        fake = fakes or QuickFakes()
         # sharding makes an empty tensor for each rank and parameter: on "meta" in a hundredth of the time of a fake one
         made_on = torch.device("meta") if config.parallel.fsdp else fake
         with made_on, torch.random.fork_rng(devices=[]), _default_dtype(parameter_dtype(config.train.dtype)):
@@ -130,7 +128,8 @@ def run_step(config: Config, model: nn.Module, *, granularity: int = 1, ledger: 
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     batches, count = [synthetic_batch(config, model) for _ in range(config.train.accumulate)], torch.ones(())
-    with count_collectives() as counter, noted(ledger, model, optimizer), Products() as products:
+    ledger.on_operation = products = Products()
+    with count_collectives() as counter, noted(ledger, model, optimizer):
         accumulate_gradients(model, batches, config, step=1, count=count)
         ledger.enter("update")
         clip_grad_norm_(model, config.optim.clip)
@@ -220,7 +219,8 @@ def _fake_mesh(config: Config, rank: int, ranks_per_node: int | None) -> Iterato
             communicator(mesh, axes)
         yield mesh
     finally:
-        close()
+        # not `lss.mesh.close`, which looks for garbage that holds groups of gloo: of this one nothing is left running
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -114,11 +114,11 @@ def test_the_command_writes_rows_tables_and_plots(planned, tmp_path, capsys):
 
 
 def test_traces_are_shared_between_lengths(monkeypatch):
-    from lss.planner import drawn
+    from lss.planner import tracers
 
     taken = []
-    real = drawn.trace_step
-    monkeypatch.setattr(drawn, "trace_step", lambda config, **more: taken.append(config) or real(config, **more))
+    real = tracers.trace_step
+    monkeypatch.setattr(tracers, "trace_step", lambda config, **more: taken.append(config) or real(config, **more))
     rows = compare(build, H100, (2,), (16384, 32768))
     lss = [row for row in rows if row["strategy"] == "lss"]
     assert len([c for c in taken if c.parallel.strategy == "lss"]) == 4

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from lss.cli import main
 from lss.comm.counter import Tally
 from lss.config import load_config
-from lss.planner import HARDWARE, drawn, find_hardware, make_plan, trace_step
+from lss.planner import HARDWARE, drawn, find_hardware, make_plan, trace_step, tracers
 from lss.planner.drawn import SHORT, Drawn
 from lss.planner.estimate import step_drawn
 from lss.planner.exchange import seconds_of
@@ -100,6 +103,21 @@ def test_the_command(capsys):
     assert "none of them measured" in told
 
 
+@pytest.mark.parametrize("ranks, overrides", [
+    (3456, ["parallel.cp=144", "data.seq_len=50112", "--gpu", "v100"]), (131072, ["data.seq_len=134217728"]),
+])  # fmt: skip
+def test_a_plan_of_many_devices_takes_a_minute_and_4_gib_at_most(ranks, overrides):
+    line = [sys.executable, "-m", "lss", "plan", str(ROOT / "configs/llama-1b.toml"), *overrides, "--gpus", str(ranks)]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    told = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode in (0, 1)  # it fits, or not
+    assert f"on {ranks:,} x " in told
+    assert used.ru_maxrss * 1024 < 4 << 30  # a third of a GiB
+    assert used.ru_utime + used.ru_stime < 60  # 6 s and 12 s
+
+
 def test_what_does_not_fit_is_told_with_what_would_help(capsys):
     assert main(["plan", "model.preset=llama-3.1-8b", "model.n_layers=2", "data.seq_len=4096", "--gpu", "v100"]) == 1
     told = capsys.readouterr().out
@@ -136,7 +154,7 @@ def test_many_ranks_are_drawn_out_from_few(monkeypatch, overrides, name, few):
     monkeypatch.setattr(drawn, "RUNS", 2)
     monkeypatch.setattr(drawn, name, few)
     taken = []
-    monkeypatch.setattr(drawn, "trace_step", lambda config, **more: taken.append(config) or trace_step(config, **more))
+    monkeypatch.setattr(tracers, "trace_step", lambda config, **more: taken.append(config) or trace_step(config, **more))
     found = step_drawn(config, granularity=512, ranks_per_node=2)
     assert max(few.parallel.cp for few in taken) <= 8
     assert (found.products, found.collectives) == (whole.products, whole.collectives)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,11 @@ import pytest
 from lss.cli import main
 from lss.config import load_config
 from lss.config.errors import Refused
-from lss.planner import HARDWARE, Plan, Search
+from lss.planner import HARDWARE, Plan, Search, make_plan, tracers
 from lss.planner import search as room
+from lss.planner.drawn import Traces
 from lss.planner.ledger import Peak
+from tests.test_house import ROOT
 
 SMALL = ["model.d_model=32", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=2", "model.d_mlp=48",
          "train.dtype=float32", "data.seq_len=4096"]  # fmt: skip
@@ -24,7 +27,7 @@ def build(settings, ranks):
     return config.resolved(ranks) if ranks else config
 
 
-def made_up(config, hardware):
+def made_up(config, hardware, traces=None):
     """A plan by arithmetic, so that thousands are cheap: less memory costs time, and so do more ranks a sequence."""
     memory, parallel = config.memory, config.parallel
     rows = config.train.batch_size / parallel.dp
@@ -48,6 +51,7 @@ def made_up(config, hardware):
 @pytest.fixture
 def planned(monkeypatch):
     monkeypatch.setattr(room, "make_plan", made_up)
+    monkeypatch.setattr(room, "attention_seconds", lambda *settings: made_up(*settings).seconds["attention"])
     monkeypatch.setattr(room, "state_bytes", lambda config: int(
         4e7 / (config.parallel.cp * config.parallel.dp if config.parallel.fsdp else 1)))  # fmt: skip
 
@@ -129,6 +133,44 @@ def test_no_more_ranks_share_a_sequence_than_are_traced_in_seconds(planned):
     assert max(int(setting.split("=")[1]) for setting in settings if ".cp=" in setting) <= room.MOST_SHARING
     tried, _ = looking.longest(1 << 14)
     assert {"parallel.cp=4096", "parallel.dp=4"} <= set(tried.settings)
+
+
+def test_the_best_of_a_thousand_devices_takes_few_traces(monkeypatch):
+    """A minute on two cores is what a hundred traces take."""
+    taken = []
+    real = tracers.trace_step
+    monkeypatch.setattr(tracers, "trace_step", lambda config, **more: taken.append(config) or real(config, **more))
+    config = str(ROOT / "configs/llama-1b.toml")
+
+    def of(settings, ranks):
+        made = load_config(config, list(settings))
+        return made.resolved(ranks) if ranks else made
+
+    began = time.process_time()
+    found = Search(of, H100, ()).best(1024)
+    assert {"parallel.cp=4", "memory.checkpointing=none", "parallel.regather=false"} <= set(found[0].settings)
+    assert len(taken) <= 48
+    assert time.process_time() - began < 100  # 20 s
+    slower = [tried for tried in found if tried.slower]
+    assert all("at least" in tried.why for tried in slower)
+    plan = make_plan(of(slower[0].settings, 1024), H100)  # what was not planned
+    assert plan.step / plan.tokens >= found[0].cost
+
+
+def test_processes_take_the_same_traces():
+    config = load_config(None, [*SMALL, "memory.checkpointing=attention"]).resolved(2)
+    with tracers.Tracers(2) as beside:
+        found = make_plan(config, H100, Traces(beside))
+        wrong = load_config(None, [*SMALL, "data.packing=true", "train.batch_size=1"]).resolved(1)
+        beside.ask("wrong", tracers.Request(wrong, 1, None, None))
+        with pytest.raises(Refused, match="documents"):
+            beside.result("wrong")
+        for process in beside._processes:
+            process.kill()
+            process.join()
+        assert beside.result("never asked") is None
+        assert make_plan(config, H100, Traces(beside)) == found  # taken here, now that nobody else does
+    assert found == make_plan(config, H100)
 
 
 def test_the_command_on_real_traces(capsys):

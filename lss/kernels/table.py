@@ -186,6 +186,8 @@ def _why_not(name: str, q: torch.Tensor, features: Collection[str]) -> str | Non
             return f"it takes head sizes that are multiples of 8 up to {largest}, not {H}"
         if name != "sdpa_flash" and torch.cuda.get_device_capability(q.device) < (9, 0):
             return "it is used from compute capability 9.0 on, where it is the faster one"
+        if name == "sdpa_cudnn" and torch.are_deterministic_algorithms_enabled():
+            return "its backward sums in an order of its own, and deterministic algorithms are asked for"
         if name == "flash4" and flash4.installed() is None:
             return "flash-attn-4 is not installed; pip install 'lss-transformer[flash]'"
     if name == "flex":

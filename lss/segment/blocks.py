@@ -52,9 +52,7 @@ def make_blocks(
         for area in mask.areas_of(q_run[2], q_run[3]):
             queries = _clip(q_run, area.q_start, area.q_stop)
             for k_run in k_runs:
-                block = _visible(queries, _clip(k_run, area.k_start, area.k_stop), area, mask.window)
-                if block is not None:
-                    blocks.append(block)
+                blocks += _visible(queries, _clip(k_run, area.k_start, area.k_stop), area, mask.window)
     return _joined(blocks, placed)
 
 
@@ -112,24 +110,33 @@ def _clip(run: LocalRun, first: int, end: int) -> LocalRun:
     return run[0] + start - run[2], run[0] + stop - run[2], start, stop
 
 
-def _visible(q_run: LocalRun, k_run: LocalRun, area: Area, window: int | None) -> Block | None:
-    """The block of these queries on these keys, both cut to those that see something; None where nothing is seen."""
-    (q_local, _, a, b), (k_local, _, c, d) = q_run, k_run
+def _visible(q_run: LocalRun, k_run: LocalRun, area: Area, window: int | None) -> list[Block]:
+    """The block of these queries on these keys, both cut to those that see something; none where nothing is seen.
+
+    Two where the last queries see all keys to their right and the first do not, and that is no window which a kernel can
+    be given: cuDNN has none, and torch's flash operator takes one that reaches over as many keys as there are for none at
+    all, though more queries than keys are bounded by it.
+    """
+    (q_local, q_end, a, b), (k_local, _, c, d) = q_run, k_run
     behind, ahead = reach_of(area, window)
     if window is None and not area.causal:  # also where places of queries and keys cannot be compared
         where = (q_local, q_local + b - a, k_local, k_local + d - c)
-        return Block(*where, causal=False, q_place=a, k_place=c) if a < b and c < d else None
+        return [Block(*where, causal=False, q_place=a, k_place=c)] if a < b and c < d else []
     k_start, k_stop = max(c, a - behind), min(d, b + ahead)
     q_start, q_stop = max(a, c - ahead), min(b, d + behind)
     n, m = q_stop - q_start, k_stop - k_start
     if n <= 0 or m <= 0:
-        return None
+        return []
     # key place - query place = (j - i) - (m - n) - (q_stop - k_stop), which lies in [-behind, ahead]
     left, right = behind - (q_stop - k_stop), ahead + (q_stop - k_stop)
+    if 0 < right < n - 1 and (left >= m - 1 or right >= m):
+        at = k_stop - ahead  # queries from here on see all keys to their right
+        first, rest = (q_local, q_local + at - a, a, at), (q_local + at - a, q_end, at, b)
+        return [*_visible(first, k_run, area, window), *_visible(rest, k_run, area, window)]
     where = (q_local + q_start - a, q_local + q_stop - a, k_local + k_start - c, k_local + k_stop - c)
     places = q_start, k_start
     if left >= m - 1 and right >= n - 1:
-        return Block(*where, False, None, *places)
+        return [Block(*where, False, None, *places)]
     if left >= m - 1 and right == 0:
-        return Block(*where, True, None, *places)
-    return Block(*where, right == 0, (min(left, m + n), min(right, m + n)), *places)
+        return [Block(*where, True, None, *places)]
+    return [Block(*where, right == 0, (min(left, m + n), min(right, m + n)), *places)]

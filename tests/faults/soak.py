@@ -143,7 +143,7 @@ class Soak:
         self.todo = list(zip(marks, dealt, strict=True))
         self.layouts: list[tuple[int, tuple[int, int]]] = [(0, LAYOUTS[0])]
         self.faults: list[Fault] = []
-        self.computed = 0
+        self.computed, self.launched = 0, 0.0
 
     # -- starting ---------------------------------------------------------------------------------------------------------
 
@@ -168,6 +168,7 @@ class Soak:
         while saved_step(self.out) < self.steps:
             started = saved_step(self.out)
             ending = next((kind for _, kind in self.todo if kind != "USR1"), "")  # what this start will end by
+            self.launched = time.time()
             run = self.start(ending == "TERM to the launcher")
             try:
                 before = len(self.faults)
@@ -190,7 +191,7 @@ class Soak:
             return None
         mark, kind = self.todo[0]
         seen, since = -1, time.monotonic()
-        while (now := run.steps()) < mark:
+        while (now := run.steps()) < mark or (kind == "USR1" and not self.trains()):
             if all(code is not None for code in run.codes()):
                 return None
             if now != seen:
@@ -202,6 +203,11 @@ class Soak:
         fault = Fault(kind, run.steps())
         self.faults.append(fault)
         return fault
+
+    def trains(self) -> bool:
+        """Whether the run of this start has written a step. SIGUSR1 ends a process that has not begun to read its program."""
+        metrics = self.out / "metrics.jsonl"
+        return metrics.exists() and metrics.stat().st_mtime > self.launched
 
     def strike(self, run: Run | Launched, fault: Fault) -> bool:
         """Do it; whether the run has ended by it."""

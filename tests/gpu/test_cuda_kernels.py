@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lss.config.errors import Refused
 from lss.kernels import KERNELS, flash4, pick_kernel
 from lss.kernels.merge import merge
 from tests.kernels.test_kernels import inputs, softmax_attention
@@ -115,7 +116,19 @@ def test_results_are_written_into_the_places_given(name, window):
         assert int((room == 7.0).sum()) >= room.numel() - place.numel()
 
 
-@pytest.mark.parametrize("name", FUSED)
+def test_cudnn_is_refused_where_bits_must_be_the_same():
+    q = torch.empty(1, 1, 8, 128, dtype=torch.bfloat16, device="cuda")
+    assert pick_kernel("sdpa_cudnn", q).name == "sdpa_cudnn"
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(Refused, match="deterministic"):
+            pick_kernel("sdpa_cudnn", q)
+        assert pick_kernel("sdpa", q).name == "sdpa_flash"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", [name for name in FUSED if name != "sdpa_cudnn"])
 def test_deterministic_algorithms_give_the_same_bits(name):
     q, k, v, dout = (x.cuda() for x in inputs(2048, 2048, N=8, K=2, H=128, dtype=torch.bfloat16))
     torch.use_deterministic_algorithms(True)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lss.kernels import KERNELS, Scores, pick_kernel
+from lss.kernels import KERNELS, Scores, flash4, pick_kernel
 from lss.kernels.merge import merge
 from tests.kernels.test_flex import by_everything, of_documents
 from tests.kernels.test_kernels import inputs
@@ -152,9 +152,12 @@ def test_lengths_and_places_compile_nothing_more():
     assert before <= 24
 
 
+SOFTCAPPED = "flash4" if flash4.installed() else "flex"
+
+
 @pytest.mark.parametrize(
     "features, dtype, expected",
-    [({"mask_mod"}, torch.bfloat16, "flex"), ({"softcap"}, torch.float16, "flex"), ({"alibi_slopes"}, torch.float32, "flex"),
+    [({"mask_mod"}, torch.bfloat16, "flex"), ({"softcap"}, torch.float16, SOFTCAPPED), ({"alibi_slopes"}, torch.float32, "flex"),
      ({"softcap"}, torch.float64, "tiled"), ({"dropout_p"}, torch.bfloat16, "tiled")],
 )  # fmt: skip
 def test_auto_takes_flex_for_what_the_fused_kernels_lack(features, dtype, expected):

@@ -39,6 +39,7 @@ def scan(
     cu_seqlens: torch.Tensor | None = None,
     seq_len: int | None = None,
     seg: Segment | None = None,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Exact linear recurrence with matrix states over a sequence that is cut over the mesh's "cp" axis; differentiable.
 
@@ -52,20 +53,24 @@ def scan(
         v: (B, T, N, H), N a multiple of K: head n takes q and k of head n // (N / K).
         log_decay: (B, T, N), finite; usually 0 or less. May be wider than the others.
         mesh, order, cu_seqlens, seq_len, seg: as in `lss.attention`; every order goes.
+        kernel: "fla" is flash-linear-attention's (bfloat16 on CUDA, `pip install 'lss-transformer[fla]'`), "blocks" plain
+            torch, "auto" the first of them that fits.
 
     Returns:
         (B, T, N, H) in v's dtype; 0 at padding. States and sums are float32 (float64 for float64).
 
     Collectives: one all-gather in forward of every chunk's state and decay, chunks x B N (P H + 1) numbers, and one in
     backward of the states' gradients, chunks x B N P H; chunks are cp of them, 2 cp in head_tail order. S is in none.
-    Memory: until backward the inputs and a state a chunk of the rank; while it computes a state for each 64 tokens.
+    Memory: until backward the inputs and a state a chunk of the rank; while it computes a state for each 64 tokens, with
+    kernel "fla" for those of a section of the chunk only.
 
     Raises:
-        Refused: tensors that do not fit together or not their segment.
+        Refused: tensors that do not fit together or not their segment; a kernel that does not fit them.
     """
     check_scan(q, k, v, log_decay)
     comm = cp_communicator(mesh)
-    return cut_scan(q, k, v, log_decay, segment=segment_for(q, comm, order, seq_len, seg, cu_seqlens), comm=comm)
+    segment = segment_for(q, comm, order, seq_len, seg, cu_seqlens)
+    return cut_scan(q, k, v, log_decay, segment=segment, comm=comm, kernel=kernel)
 
 
 def causal_conv(
@@ -103,10 +108,12 @@ def causal_conv(
 
 
 @outside_graphs
-def cut_scan(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, *, segment: Segment, comm: Communicator) -> torch.Tensor:
+def cut_scan(
+    q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, *, segment: Segment, comm: Communicator, kernel: str = "auto"
+) -> torch.Tensor:
     """`scan` of a segment whose group is known."""
     passing = None if _whole(segment, comm) else _States(segment, comm)
-    return run_scan(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, segment, passing)
+    return run_scan(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, segment, passing, kernel)
 
 
 @outside_graphs
@@ -124,7 +131,7 @@ def _whole(segment: Segment, comm: Communicator) -> bool:
 
 
 class _States:
-    """States of one call, from chunk to chunk over all ranks; a `lss.kernels.scan.Passing`."""
+    """States of one call, from chunk to chunk over all ranks; a `lss.kernels.scan_blocks.Passing`."""
 
     def __init__(self, segment: Segment, comm: Communicator) -> None:
         self._segment, self._comm = segment, comm

@@ -11,12 +11,17 @@ up; the shorter way, differences of what rows and columns sum up to, cancels mos
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
-from lss.segment import ScanBlocks
+from lss.segment import ScanBlocks, Segment, scan_blocks
+
+# Tokens of a block: scores of C by C are made in each, states once in each.
+BLOCK = 64
 
 # Scores exist of an eighth of the blocks at a time: in many heads all of them would be most of the memory.
 TILES = 8
@@ -24,6 +29,52 @@ TILES = 8
 Masks = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 # dq, dk (B,Z,K,C,P), dv (B,Z,K,R,C,H), and dg (B,Z,K,R,C)
 Inside = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Passing(Protocol):
+    """Brings states from chunk to chunk where a rank holds several, or only some, of a sequence's.
+
+    States are (B, M, ..., P, H) with heads in one dimension or in two, decays the same without P and H.
+    """
+
+    def forward(self, decay_BMN: torch.Tensor, ends_BMNPH: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Given each chunk's whole decay, and its end state if it began with 0: the states that enter, when asked for."""
+        ...
+
+    def backward(self, entering_BMNPH: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Given gradients of entering states by their own chunk alone: those of the states that leave, when asked for."""
+        ...
+
+
+def forward(q, k, v, g, segment: Segment, passing: Passing | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y (B, T, N, H), and the states that enter this rank's chunks, None where that is 0.
+
+    Memory while it computes: a few times the scores of an eighth of the blocks with themselves, B T N C / 8, and a state a
+    block, B (T / C) N P H, all in float32 (float64).
+    """
+    work = ScanWork(q, k, v, g, scan_blocks(segment, BLOCK))
+    states, ends = chained(work.by_chunk(work.ends()), work.by_chunk(work.decay))
+    arriving = None if passing is None else passing.forward(work.by_chunk(work.decay).prod(2), ends)
+    out = work.inside()  # while the states are under way
+    entering = None if arriving is None else arriving()
+    out += work.from_states(work.entered(states, entering))
+    return work.back(out, v.dtype), entering
+
+
+def backward(dy, q, k, v, g, entering, segment: Segment, passing: Passing | None) -> tuple[torch.Tensor, ...]:
+    """(dq, dk, dv, dg), each in its input's dtype."""
+    work = ScanWork(q, k, v, g, scan_blocks(segment, BLOCK))
+    decay = work.by_chunk(work.decay)
+    dy = work.cut(dy, masked=True)
+    leaving, first = chained(work.by_chunk(work.states_gradient(dy)), decay, reverse=True)
+    arriving = None if passing is None else passing.backward(first)
+    inside = work.inside_gradients(dy)  # while the states' gradients are under way
+    states, _ = chained(work.by_chunk(work.ends()), decay)
+    states = work.entered(states, entering)
+    leaving = work.left(leaving, None if arriving is None else arriving())
+    grads = work.gradients(dy, states, leaving, inside)
+    dq, dk, dv, dg = (work.back(grad, x.dtype) for grad, x in zip(grads, (q, k, v, g), strict=True))
+    return dq, dk, dv, dg[..., 0]
 
 
 def chained(terms: torch.Tensor, decay: torch.Tensor, reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

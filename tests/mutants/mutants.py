@@ -583,8 +583,8 @@ MUTANTS = (
     Mutant(
         "convolutions of documents read those before, in whole models",
         "lss/parallel/parallelize.py",
-        "conv=partial(cut_conv, **cut))",
-        "conv=partial(cut_conv, comm=self.cp, segment=replace(segment, edges=())))",
+        "partial(cut_conv, **cut)",
+        "partial(cut_conv, comm=self.cp, segment=replace(segment, edges=()))",
         ("tests/distributed/test_hybrid.py::test_gradients_equal_one_process",),
     ),
     Mutant(

@@ -1,0 +1,235 @@
+"""flash-linear-attention's Triton kernels (PyPI `fla-core`, optional) for the recurrence of bfloat16 on a GPU.
+
+States from block to block, outputs and dv are its kernels', called with explicit backward; dq, dk and the gradient of the
+decays are matrix products of plain torch in bfloat16. Its kernel of these three (`chunk_bwd_dqkwg`) is refused by itself
+on Hopper GPUs under Triton 3.4 to 3.7.0, which torch comes with: it is compiled wrongly there.
+
+A chunk is computed a section of blocks at a time, so that memory does not grow with its length: states of every block
+exist of one section only, and one state a section is kept until backward. A document begins by a decay of exp(RESET),
+which is 0 in float32 beside any other decay; its kernels then need not know of documents.
+
+Source: https://github.com/fla-org/flash-linear-attention, MIT; `fla.ops.common.chunk_h` and `chunk_o`, version 0.6.0: g is
+the running sum of log decays inside blocks of 64, in powers of 2.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from lss.kernels.scan_blocks import BLOCK, Passing
+from lss.segment import Segment
+
+# exp of it is 0 in float32, and sums with it keep digits enough for bfloat16
+RESET = -128.0
+# numbers of state in a section's blocks, over all rows and heads: 128 MiB of them
+SECTION = 1 << 26
+
+
+@cache
+def installed() -> str | None:
+    """The version of fla-core, or None where it is not installed."""
+    try:
+        return version("fla-core") if find_spec("fla") is not None and find_spec("triton") is not None else None
+    except PackageNotFoundError:
+        return None
+
+
+def why_not() -> str | None:
+    """Why its kernels cannot be called here, or None where they can."""
+    found = installed()
+    if found is None:
+        return "fla-core is not installed; pip install 'lss-transformer[fla]'"
+    if found.split(".")[:2] != ["0", "6"]:
+        return f"it calls functions of fla-core 0.6, which the installed {found} may have changed"
+    return None
+
+
+class _Functions(NamedTuple):
+    states: Any
+    outputs: Any
+    states_gradient: Any
+    dv: Any
+
+
+@cache
+def _functions() -> _Functions:
+    # imported at first use: it takes seconds, and compiles kernels as they are asked for
+    from fla.ops.common.chunk_h import chunk_bwd_dh, chunk_fwd_h
+    from fla.ops.common.chunk_o import chunk_bwd_dv, chunk_fwd_o
+
+    return _Functions(chunk_fwd_h, chunk_fwd_o, chunk_bwd_dh, chunk_bwd_dv)
+
+
+@lru_cache(maxsize=16)
+def _places(segment: Segment, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(first tokens of documents (T,), chunks that none begins in (M,), padding (T,)) on the device; None: none to mark."""
+    positions, padding = segment.positions, segment.positions >= segment.seq_len
+    begins = None
+    if segment.edges or segment.cp > 1:
+        begins = (segment.document_positions == 0) | (positions == segment.seq_len)
+    through = None if begins is None else ~begins.view(len(segment.chunks), -1).any(1)
+    masks = (begins, through, padding if bool(padding.any()) else None)
+    first, through, padding = (None if x is None else x.to(device) for x in masks)
+    return first, through, padding
+
+
+class _Rows:
+    """A call's tensors with a row for each chunk of each sequence, and what its kernels take of a section of them.
+
+    Shape letters beside the library's: X rows, L tokens of a row, l tokens of a section.
+    """
+
+    def __init__(self, q, k, v, g, segment: Segment) -> None:
+        self.chunks = len(segment.chunks)
+        self.begins, self.through, self.padding = _places(segment, q.device)
+        g = g.float()
+        if self.begins is not None:
+            g = g.masked_fill(self.begins[:, None], RESET)
+        self.q, self.k, self.v, self.g = (self.cut(x) for x in (q, k, v, g))
+        self.share = v.shape[2] // q.shape[2]
+        X, L, N, H = self.v.shape
+        self.state = (X, N, q.shape[3], H)
+        length = BLOCK * max(1, SECTION // math.prod(self.state))
+        self.sections = [slice(at, min(at + length, L)) for at in range(0, L, length)]
+
+    def cut(self, x_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T, ...) as (X, L, ...)."""
+        return x_BT.reshape(x_BT.shape[0] * self.chunks, -1, *x_BT.shape[2:])
+
+    def back(self, x_XL: torch.Tensor) -> torch.Tensor:
+        """The inverse of `cut`."""
+        return x_XL.reshape(-1, self.chunks * x_XL.shape[1], *x_XL.shape[2:])
+
+    def by_chunk(self, x_X: torch.Tensor) -> torch.Tensor:
+        """(X, ...) as (B, M, ...)."""
+        return x_X.unflatten(0, (-1, self.chunks))
+
+    def decay(self) -> torch.Tensor:
+        """What is left behind each chunk of the state that enters it: (B, M, N), 0 where a document begins in it."""
+        decay = self.by_chunk(self.g.sum(1).exp())
+        return decay if self.through is None else decay * self.through[:, None]
+
+    def of(self, at: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v, decays and their sums in blocks, in powers of 2, of a section."""
+        g = self.g[:, at]
+        fill = -g.shape[1] % BLOCK
+        sums = F.pad(g, (0, 0, 0, fill)).unflatten(1, (-1, BLOCK)).cumsum(2).flatten(1, 2)[:, : g.shape[1]]
+        q, k, v = (x[:, at].contiguous() for x in (self.q, self.k, self.v))
+        return q, k, v, g, (sums / math.log(2.0)).contiguous()
+
+    def wide(self, x_XlKP: torch.Tensor) -> torch.Tensor:
+        """Queries or keys of every head of v."""
+        return x_XlKP if self.share == 1 else x_XlKP.repeat_interleave(self.share, 2)
+
+    def states(self, k, v, sums, state: torch.Tensor | None, end: bool = True) -> tuple[torch.Tensor, Any]:
+        """The state before each block of a section (X, blocks, N, P, H), in k's dtype, and that behind it, in float32."""
+        return _functions().states(self.wide(k), v, g=sums, h0=state, output_final_state=end, chunk_size=BLOCK)
+
+    def leaving(self, q, dy, sums, behind: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient of the state that leaves each block, and of that which enters the section, in float32.
+
+        Args:
+            behind: that of the state that leaves the section; None: 0.
+        """
+        q, entered = self.wide(q), q.new_empty(self.state, dtype=torch.float32)
+        return _functions().states_gradient(q, q, dy, dy, h0=entered, dht=behind, scale=1.0, g=sums, chunk_size=BLOCK)
+
+
+def forward(q, k, v, g, segment: Segment, passing: Passing | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (B, T, N, H), and the states that enter the sections of each chunk (sections, X, N, P, H), in float32.
+
+    Memory while it computes: a section's states, and its q, k, v where there are several.
+    """
+    with torch.cuda.device(q.device):
+        rows = _Rows(q, k, v, g, segment)
+        entering = q.new_zeros(rows.state, dtype=torch.float32)
+        if passing is not None:
+            end = None
+            for at in rows.sections:
+                _, k_s, v_s, _, sums = rows.of(at)
+                _, end = rows.states(k_s, v_s, sums, end)
+            entering = passing.forward(rows.decay(), rows.by_chunk(end))().flatten(0, 1).contiguous()
+        kept, out = [], torch.empty_like(rows.v)
+        for at in rows.sections:
+            q_s, k_s, v_s, _, sums = rows.of(at)
+            kept.append(entering)
+            h, entering = rows.states(k_s, v_s, sums, entering)
+            out[:, at] = _functions().outputs(q_s, k_s, v_s, h, g=sums, scale=1.0, chunk_size=BLOCK)
+        y = rows.back(out)
+        return y if rows.padding is None else y.masked_fill_(rows.padding[:, None, None], 0.0), torch.stack(kept)
+
+
+def backward(dy, q, k, v, g, states, segment: Segment, passing: Passing | None) -> tuple[torch.Tensor, ...]:
+    """(dq, dk, dv, dg), each in its input's dtype.
+
+    Memory while it computes: a section's states and their gradients, and a few times its scores, X N l C, in float32.
+    """
+    with torch.cuda.device(q.device):
+        rows = _Rows(q, k, v, g, segment)
+        dy = dy.to(v.dtype)
+        dy = rows.cut(dy if rows.padding is None else dy.masked_fill(rows.padding[:, None, None], 0.0))
+        behind: torch.Tensor | None = None
+        if passing is not None:
+            for at in reversed(rows.sections):
+                q_s, _, _, _, sums = rows.of(at)
+                _, behind = rows.leaving(q_s, dy[:, at].contiguous(), sums, behind)
+            assert behind is not None
+            behind = passing.backward(rows.by_chunk(behind))().flatten(0, 1).contiguous()
+        grads = [torch.empty_like(x) for x in (rows.q, rows.k, rows.v, rows.g)]
+        for number, at in reversed(list(enumerate(rows.sections))):
+            q_s, k_s, v_s, g_s, sums = rows.of(at)
+            dy_s = dy[:, at].contiguous()
+            h, _ = rows.states(k_s, v_s, sums, states[number], end=False)
+            dh, behind = rows.leaving(q_s, dy_s, sums, behind)
+            dv = _functions().dv(q_s, k_s, dy_s, dh, g=sums, scale=1.0, chunk_size=BLOCK)
+            dq, dk, dg = section_gradients(q_s, k_s, v_s, g_s, dy_s, h, dh)
+            for grad, part in zip(grads, (dq, dk, dv, dg), strict=True):
+                grad[:, at] = part
+        dq, dk, dv, dg = (rows.back(grad) for grad in grads)
+        return dq, dk, dv, dg.to(g.dtype)
+
+
+def section_gradients(q, k, v, g, dy, h, dh) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dg of a section, as `lss.kernels.scan_blocks` has them, by matrix products in the inputs' dtype.
+
+    Args:
+        q, k: (X, l, K, P); v, dy: (X, l, N, H).
+        g: (X, l, N) float32, a document's first token with RESET or less.
+        h, dh: (X, blocks, N, P, H), the state before each block and the gradient of the state behind it.
+    """
+    length, K = q.shape[1:3]
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        """(X, l, n, f) as (X, Z, K, n / K, C, f)."""
+        x = F.pad(x, (0, 0, 0, 0, 0, -length % BLOCK)).unflatten(1, (-1, BLOCK))
+        return x.transpose(2, 3).unflatten(2, (K, -1))
+
+    def back(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :length]
+
+    q, k, v, dy, g = cut(q)[:, :, :, 0], cut(k)[:, :, :, 0], cut(v), cut(dy), cut(g[..., None])[..., 0]
+    h, dh = (x.unflatten(2, (K, -1)).to(q.dtype) for x in (h, dh))
+    c = g.cumsum(-1)
+    behind = F.pad(g.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
+    dy_into, v_out = ((x * of.exp()[..., None]).to(x.dtype) for x, of in ((dy, c), (v, behind)))
+    upper = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu()
+    # gradients of the scores, with their decays
+    weighted = (c[..., :, None] - c[..., None, :]).masked_fill_(~upper.T, float("-inf")).exp_()
+    weighted *= dy @ v.transpose(-1, -2)
+    pairs = ((q @ k.transpose(-1, -2))[:, :, :, None] * weighted).to(q.dtype)
+    dg = (upper.to(q.dtype) @ pairs).masked_fill_(upper, 0.0).sum(-1, dtype=torch.float32)
+    dscores = weighted.sum(3).to(q.dtype)
+    dq = (dscores @ k).float() + torch.einsum("xzkrch,xzkrph->xzkcp", dy_into, h)
+    dk = (dscores.transpose(-1, -2) @ q).float() + torch.einsum("xzkrch,xzkrph->xzkcp", v_out, dh)
+    read = (dy_into.float() * torch.einsum("xzkcp,xzkrph->xzkrch", q, h)).sum(-1)
+    written = (v_out.float() * torch.einsum("xzkcp,xzkrph->xzkrch", k, dh)).sum(-1)
+    passed = c[..., -1].exp() * (h.float() * dh).sum((-1, -2))
+    dg += read.flip(-1).cumsum(-1).flip(-1) + F.pad(written.cumsum(-1)[..., :-1], (1, 0)) + passed[..., None]
+    return back(dq[:, :, :, None]), back(dk[:, :, :, None]), back(dg[..., None])[..., 0]

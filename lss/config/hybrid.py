@@ -53,7 +53,9 @@ def state_numbers(model: ModelConfig) -> int:
     return layer_counts(model)[1] * scan_width(model) * model.scan_state
 
 
-def refuse_misfit_layers(model: ModelConfig, *, strategy: str, prefix: int, plain: ModelConfig, scan_kernel: str = "auto") -> None:
+def refuse_misfit_layers(
+    model: ModelConfig, *, strategy: str, prefix: int, plain: ModelConfig, scan_kernel: str = "auto"
+) -> None:
     """Refuse kinds of layers that are none, sizes that do not fit, and what a recurrence does not compute.
 
     Args:

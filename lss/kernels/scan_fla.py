@@ -128,18 +128,23 @@ class _Rows:
         """Queries or keys of every head of v."""
         return x_XlKP if self.share == 1 else x_XlKP.repeat_interleave(self.share, 2)
 
-    def states(self, k, v, sums, state: torch.Tensor | None, end: bool = True) -> tuple[torch.Tensor, Any]:
-        """The state before each block of a section (X, blocks, N, P, H), in k's dtype, and that behind it, in float32."""
-        return _functions().states(self.wide(k), v, g=sums, h0=state, output_final_state=end, chunk_size=BLOCK)
+    def zeros(self) -> torch.Tensor:
+        """A state that holds nothing. Always given: with and without are two kernels to compile, and to tune."""
+        return self.q.new_zeros(self.state, dtype=torch.float32)
 
-    def leaving(self, q, dy, sums, behind: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(self, k, v, sums, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state before each block of a section (X, blocks, N, P, H), in k's dtype, and that behind it, in float32."""
+        return _functions().states(self.wide(k), v, g=sums, h0=state, output_final_state=True, chunk_size=BLOCK)
+
+    def leaving(self, q, dy, sums, behind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradient of the state that leaves each block, and of that which enters the section, in float32.
 
         Args:
-            behind: that of the state that leaves the section; None: 0.
+            behind: that of the state that leaves the section.
         """
-        q, entered = self.wide(q), q.new_empty(self.state, dtype=torch.float32)
-        return _functions().states_gradient(q, q, dy, dy, h0=entered, dht=behind, scale=1.0, g=sums, chunk_size=BLOCK)
+        q = self.wide(q)
+        # h0: where there is one, its gradient is computed; its numbers are not read
+        return _functions().states_gradient(q, q, dy, dy, h0=behind, dht=behind, scale=1.0, g=sums, chunk_size=BLOCK)
 
 
 def forward(q, k, v, g, segment: Segment, passing: Passing | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,9 +154,9 @@ def forward(q, k, v, g, segment: Segment, passing: Passing | None) -> tuple[torc
     """
     with torch.cuda.device(q.device):
         rows = _Rows(q, k, v, g, segment)
-        entering = q.new_zeros(rows.state, dtype=torch.float32)
+        entering = rows.zeros()
         if passing is not None:
-            end = None
+            end = entering
             for at in rows.sections:
                 _, k_s, v_s, _, sums = rows.of(at)
                 _, end = rows.states(k_s, v_s, sums, end)
@@ -175,18 +180,17 @@ def backward(dy, q, k, v, g, states, segment: Segment, passing: Passing | None) 
         rows = _Rows(q, k, v, g, segment)
         dy = dy.to(v.dtype)
         dy = rows.cut(dy if rows.padding is None else dy.masked_fill(rows.padding[:, None, None], 0.0))
-        behind: torch.Tensor | None = None
+        behind = rows.zeros()
         if passing is not None:
             for at in reversed(rows.sections):
                 q_s, _, _, _, sums = rows.of(at)
                 _, behind = rows.leaving(q_s, dy[:, at].contiguous(), sums, behind)
-            assert behind is not None
             behind = passing.backward(rows.by_chunk(behind))().flatten(0, 1).contiguous()
         grads = [torch.empty_like(x) for x in (rows.q, rows.k, rows.v, rows.g)]
         for number, at in reversed(list(enumerate(rows.sections))):
             q_s, k_s, v_s, g_s, sums = rows.of(at)
             dy_s = dy[:, at].contiguous()
-            h, _ = rows.states(k_s, v_s, sums, states[number], end=False)
+            h, _ = rows.states(k_s, v_s, sums, states[number])
             dh, behind = rows.leaving(q_s, dy_s, sums, behind)
             dv = _functions().dv(q_s, k_s, dy_s, dh, g=sums, scale=1.0, chunk_size=BLOCK)
             dq, dk, dg = section_gradients(q_s, k_s, v_s, g_s, dy_s, h, dh)

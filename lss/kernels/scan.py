@@ -19,26 +19,28 @@ from torch.autograd.function import once_differentiable
 
 from lss.config.errors import refuse
 from lss.kernels.outside import outside_graphs
-from lss.kernels.scan_blocks import Passing
+from lss.kernels.scan_blocks import Passing, of_states
 from lss.kernels.scan_table import ScanKernel, pick_scan_kernel
 from lss.segment import Segment, make_segment
 
 
 def check_scan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor) -> None:
     """Refuse tensors that do not fit together."""
-    for name, x, dims in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("log_decay", log_decay, 3)):
+    of_decays = 4 if log_decay.dim() == 4 else 3
+    for name, x, dims in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("log_decay", log_decay, of_decays)):
         if x.dim() != dims:
-            fit = "batch, tokens, heads, size" if dims == 4 else "batch, tokens, heads: one number a head"
+            fit = "batch, tokens, heads, size" if dims == 4 else "batch, tokens, heads; or one more, of q's size"
             raise refuse(name, tuple(x.shape), f"give {dims} dimensions ({fit})")
-        if not x.is_floating_point() or (dims == 4 and x.dtype != q.dtype):
+        if not x.is_floating_point() or (name != "log_decay" and x.dtype != q.dtype):
             raise refuse(name, x.dtype, f"q, k and v must have one floating point dtype; q has {q.dtype}")
     if k.shape != q.shape:
         raise refuse("k", tuple(k.shape), f"q and k must have one shape; q has {tuple(q.shape)}")
     if v.shape[:2] != q.shape[:2] or q.shape[2] == 0 or v.shape[2] % q.shape[2]:
         fit = f"batch and tokens must be those of q, {tuple(q.shape)}, and its heads a multiple of q's"
         raise refuse("v", tuple(v.shape), fit)
-    if log_decay.shape != v.shape[:3]:
-        raise refuse("log_decay", tuple(log_decay.shape), f"give one number for each head of v, {tuple(v.shape[:3])}")
+    if log_decay.shape[:3] != v.shape[:3] or log_decay.shape[3:] not in ((), q.shape[3:]):
+        fit = f"give one number for each head of v, {tuple(v.shape[:3])}, or one for each row of its state"
+        raise refuse("log_decay", tuple(log_decay.shape), f"{fit}, {(*v.shape[:3], q.shape[3])}")
 
 
 @outside_graphs
@@ -56,7 +58,7 @@ def single_scan(
     Args:
         q_BTKP, k_BTKP: (B, T, K, P); head n of N takes those of n // (N / K).
         v_BTNH: (B, T, N, H), N a multiple of K.
-        log_decay_BTN: g, finite.
+        log_decay_BTN: g, finite; or (B, T, N, P).
         segment: the sequence, whole, with its documents; one document by default.
         kernel: one of `lss.config.support.SCAN_KERNEL_CHOICES`.
     """
@@ -71,7 +73,7 @@ def run_scan(q, k, v, log_decay, segment: Segment, passing: Passing | None, kern
     Memory until backward: the inputs, and the state that enters each chunk, in float32 (float64). While it computes: what
     the kernel's file says.
     """
-    return _Scan.apply(q, k, v, log_decay, segment, passing, pick_scan_kernel(kernel, q, v))
+    return _Scan.apply(q, k, v, log_decay, segment, passing, pick_scan_kernel(kernel, q, v, by_channel=log_decay.dim() == 4))
 
 
 def scan_reference(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, edges: tuple[int, ...] = ()) -> torch.Tensor:
@@ -82,7 +84,7 @@ def scan_reference(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, edges: tuple[int, ...]
     for t in range(q.shape[1]):
         new = k[:, t, :, :, None] * v_BTNH[:, t, :, None, :]
         kept = state * 0.0 if t in edges else state
-        state = log_decay_BTN[:, t].exp()[..., None, None] * kept + new
+        state = of_states(log_decay_BTN[:, t].exp(), new) * kept + new
         out.append((q[:, t, :, None, :] @ state)[:, :, 0])
     return torch.stack(out, 1)
 

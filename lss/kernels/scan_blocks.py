@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from lss.segment import ScanBlocks, Segment, scan_blocks
+from lss.segment import ScanBlocks
 
 # Tokens of a block: scores of C by C are made in each, states once in each.
 BLOCK = 64
@@ -46,48 +46,23 @@ class Passing(Protocol):
         ...
 
 
-def forward(q, k, v, g, segment: Segment, passing: Passing | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y (B, T, N, H), and the states that enter this rank's chunks, None where that is 0.
-
-    Memory while it computes: a few times the scores of an eighth of the blocks with themselves, B T N C / 8, and a state a
-    block, B (T / C) N P H, all in float32 (float64).
-    """
-    work = ScanWork(q, k, v, g, scan_blocks(segment, BLOCK))
-    states, ends = chained(work.by_chunk(work.ends()), work.by_chunk(work.decay))
-    arriving = None if passing is None else passing.forward(work.by_chunk(work.decay).prod(2), ends)
-    out = work.inside()  # while the states are under way
-    entering = None if arriving is None else arriving()
-    out += work.from_states(work.entered(states, entering))
-    return work.back(out, v.dtype), entering
-
-
-def backward(dy, q, k, v, g, entering, segment: Segment, passing: Passing | None) -> tuple[torch.Tensor, ...]:
-    """(dq, dk, dv, dg), each in its input's dtype."""
-    work = ScanWork(q, k, v, g, scan_blocks(segment, BLOCK))
-    decay = work.by_chunk(work.decay)
-    dy = work.cut(dy, masked=True)
-    leaving, first = chained(work.by_chunk(work.states_gradient(dy)), decay, reverse=True)
-    arriving = None if passing is None else passing.backward(first)
-    inside = work.inside_gradients(dy)  # while the states' gradients are under way
-    states, _ = chained(work.by_chunk(work.ends()), decay)
-    states = work.entered(states, entering)
-    leaving = work.left(leaving, None if arriving is None else arriving())
-    grads = work.gradients(dy, states, leaving, inside)
-    dq, dk, dv, dg = (work.back(grad, x.dtype) for grad, x in zip(grads, (q, k, v, g), strict=True))
-    return dq, dk, dv, dg[..., 0]
-
-
 def chained(terms: torch.Tensor, decay: torch.Tensor, reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The state before each block and that behind the last, from 0: state = decay * state + term, block after block.
 
-    (B, M, blocks, K, R, P, H) and (B, M, blocks, K, R); `reverse` begins with the last block.
+    (B, M, blocks, K, R, P, H) and (B, M, blocks, K, R) or (B, M, blocks, K, R, P); `reverse` begins with the last block.
     """
+    decay = of_states(decay, terms)
     before, state = torch.empty_like(terms), torch.zeros_like(terms[:, :, 0])
     order = range(terms.shape[2])
     for z in reversed(order) if reverse else order:
         before[:, :, z] = state
-        state = torch.addcmul(terms[:, :, z], decay[:, :, z, ..., None, None], state)
+        state = torch.addcmul(terms[:, :, z], decay[:, :, z], state)
     return before, state
+
+
+def of_states(decay: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Decays of heads or of their channels with the dimensions of states (..., P, H)."""
+    return decay.reshape(*decay.shape, *[1] * (states.dim() - decay.dim()))
 
 
 def _masks(blocks: ScanBlocks, device: torch.device) -> Masks:
@@ -120,7 +95,12 @@ class ScanWork:
         masks = _masks_kept(blocks, q.device) if q.is_cuda else _masks(blocks, q.device)
         self._true, sees, first, last, passes = masks
         self._q, self._k, self._v = self.cut(q)[:, :, :, 0], self.cut(k)[:, :, :, 0], self.cut(v)
-        self._g, self._sees = self.cut(g[..., None])[..., 0], sees
+        self._sees = sees
+        self._set_decays(g, first, last, passes)
+
+    def _set_decays(self, g, first: torch.Tensor, last: torch.Tensor, passes: torch.Tensor) -> None:
+        """What decays from each block's begin to its tokens, from them to its end, and in all of it."""
+        self._g = self.cut(g[..., None])[..., 0]
         c, never = self._g.cumsum(-1), float("-inf")
         behind = F.pad(_from_each_on(self._g.masked_fill(~last, 0.0), -1)[..., 1:], (0, 1))
         # masked before exp: in another document decays may be far beyond what its result can hold
@@ -188,7 +168,7 @@ class ScanWork:
             return states.flatten(1, 2)
         decay = self.by_chunk(self.decay)
         left = torch.cat((torch.ones_like(decay[:, :, :1]), decay[:, :, :-1]), 2).cumprod(2)
-        return (states + left[..., None, None] * entering[:, :, None]).flatten(1, 2)
+        return (states + of_states(left, states) * entering[:, :, None]).flatten(1, 2)
 
     # -- backward ----------------------------------------------------------------------------------------------------
 
@@ -202,7 +182,7 @@ class ScanWork:
             return leaving.flatten(1, 2)
         decay = self.by_chunk(self.decay)
         rest = torch.cat((decay[:, :, 1:], torch.ones_like(decay[:, :, :1])), 2).flip(2).cumprod(2).flip(2)
-        return (leaving + rest[..., None, None] * behind[:, :, None]).flatten(1, 2)
+        return (leaving + of_states(rest, leaving) * behind[:, :, None]).flatten(1, 2)
 
     def inside_gradients(self, dy: torch.Tensor) -> Inside:
         """Gradients by what tokens have of their own block."""

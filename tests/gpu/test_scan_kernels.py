@@ -167,5 +167,7 @@ def test_what_does_not_fit_is_said():
     assert pick_scan_kernel("auto", q, v).name == "blocks"
     with pytest.raises(Refused, match="it takes bfloat16"):
         pick_scan_kernel("fla", q, v)
+    with pytest.raises(Refused, match="one decay a head here"):
+        pick_scan_kernel("fla", q.bfloat16(), v.bfloat16(), by_channel=True)
     with pytest.raises(Refused, match="multiples of 16 up to 256, not 72 of v"):
         pick_scan_kernel("fla", q.bfloat16(), torch.zeros(1, 8, 4, 72, device="cuda").bfloat16())

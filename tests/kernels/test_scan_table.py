@@ -26,6 +26,8 @@ def test_plain_torch_is_what_the_cpu_takes():
 def test_what_does_not_fit_is_said():
     with pytest.raises(Refused, match=r"scan_kernel=fla: does not fit \(fla: it runs on CUDA only\); use 'auto'"):
         pick_scan_kernel("fla", *QV)
+    with pytest.raises(Refused, match="it runs on CUDA only"):
+        pick_scan_kernel("fla", *QV, by_channel=True)
     with pytest.raises(Refused, match="unknown kernel; use one of auto, fla, blocks"):
         pick_scan_kernel("flash", *QV)
     with pytest.raises(Refused, match="it runs on CUDA only"):

@@ -94,7 +94,7 @@ class _OfTransformers:
         if not traits.shifts:
             raise refuse("model", traits.name, "it does not say the next token; a ...ForCausalLM does")
         if any(map(is_mixer, model.modules())):
-            fit = "a cache holds keys and values, and no states yet; models of attention alone generate"
+            fit = "of transformers' models only keys and values are cached, no states; those of attention alone generate"
             raise refuse("model", traits.name, fit)
         if traits.rope_limit is not None and comm.size > 1:
             fit = f"its frequencies depend on the longest position at hand beyond {traits.rope_limit[1]}; use one rank"

@@ -5,6 +5,7 @@ from lss.bench.candidates import parse_options
 from lss.bench.plan import AttentionPlan, Heads
 from lss.bench.rival import Rival, load_rivals
 from lss.bench.rows import Results, read_rows
+from lss.bench.scan import ScanPlan, Sizes, bench_scan
 from lss.bench.timing import Clock
 
 __all__ = [
@@ -13,7 +14,10 @@ __all__ = [
     "Heads",
     "Results",
     "Rival",
+    "ScanPlan",
+    "Sizes",
     "bench_attention",
+    "bench_scan",
     "load_rivals",
     "parse_options",
     "read_rows",

@@ -11,6 +11,7 @@ so it costs a whole forward pass in float64; it is computed for as many key head
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,9 +151,9 @@ def squared_errors(truth: Truth, found: tuple[torch.Tensor, ...], places: torch.
     return sums
 
 
-def relative_errors(sums: list[float]) -> dict[str, float]:
+def relative_errors(sums: list[float], names: Sequence[str] = NAMES) -> dict[str, float]:
     """||found - exact|| / max(||exact||, 1e-6 x the norm of all) by tensor; NaN where anything is."""
     floor = 1e-6 * math.sqrt(sum(sums[1::2]))
-    pairs = zip(NAMES, sums[::2], sums[1::2], strict=True)
+    pairs = zip(names, sums[::2], sums[1::2], strict=True)
     # no square root of a sum that overflowed or is NaN is a number, and neither passes any bound
     return {name: math.sqrt(off) / max(math.sqrt(norm), floor, 1e-300) for name, off, norm in pairs}

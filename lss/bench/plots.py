@@ -1,4 +1,4 @@
-"""Plots of attention's results: time, share of ideal and memory against length, rivals beside ours."""
+"""Plots of attention's and recurrences' results: time, share of ideal and memory against length, rivals beside ours."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ PLOTS: dict[str, tuple[str, Value, bool]] = {
     "memory": ("peak GiB", lambda row: row["peak_bytes"] / 2**30 if row["peak_bytes"] else None, True),
 }
 
+SCANS: dict[str, tuple[str, Value, bool]] = {
+    "token": ("ns a token", lambda row: 1e6 * row["ms"] / row["tokens"], True),
+    "memory": PLOTS["memory"],
+}
+
 
 def plot_attention(rows: Sequence[Row], folder: Path, form: str = "svg") -> list[Path]:
     """Write one picture for each head shape, dtype, device and kind of plot; returns their paths.
@@ -43,6 +48,25 @@ def plot_attention(rows: Sequence[Row], folder: Path, form: str = "svg") -> list
                 words = re.findall(r"[A-Za-z0-9.]+", " ".join(str(word) for word in (name, *group[:3])))
                 path = folder / f"{'-'.join(words)}.{form}"
                 _draw(points, axis, logarithmic, path, f"{group[0]} heads, {group[1]}, {group[2]}")
+                written.append(path)
+    return written
+
+
+def plot_scan(rows: Sequence[Row], folder: Path, form: str = "svg") -> list[Path]:
+    """Write one picture for each dtype, device and kind of plot, of recurrences beside attention; returns their paths.
+
+    Raises:
+        Refused: as of `plot_attention`.
+    """
+    good, written = [row for row in rows if row["bench"] == "scan" and row["status"] == "ok"], []
+    for group in dict.fromkeys((row["dtype"], row["gpu"], row["batch"]) for row in good):
+        mine = [row for row in good if (row["dtype"], row["gpu"], row["batch"]) == group]
+        for name, (axis, value, logarithmic) in SCANS.items():
+            points = [(row, y) for row in mine if (y := value(row)) is not None]
+            if points:
+                words = re.findall(r"[A-Za-z0-9.]+", " ".join(("scan", name, *group[:2])))
+                path = folder / f"{'-'.join(words)}.{form}"
+                _draw(points, axis, logarithmic, path, f"a recurrence beside attention, {group[0]}, {group[1]}")
                 written.append(path)
     return written
 

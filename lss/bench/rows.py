@@ -30,7 +30,8 @@ KEYS = (
 IDENTITY = ("bench", "strategy", "kernel", "rival", "order", "options", "model", "layers", "tokens", "batch", "heads",
             "dtype", "graph", "world_size", "gpu")  # fmt: skip
 # Packages whose versions decide a time, where they are installed.
-PACKAGES = ("flash-attn-4", "nvidia-cutlass-dsl", "triton", "nvidia-nccl-cu13", "nvidia-cudnn-cu13", "liger-kernel")
+PACKAGES = ("flash-attn-4", "fla-core", "nvidia-cutlass-dsl", "triton", "nvidia-nccl-cu13", "nvidia-cudnn-cu13",
+            "liger-kernel")  # fmt: skip
 
 
 def identity(row: Row) -> str:

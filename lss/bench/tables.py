@@ -34,7 +34,8 @@ def label(row: Row) -> str:
     own = ", ".join(f"{key}={value}" for key, value in options.items())
     if row["rival"] is not None:
         return " ".join(filter(None, (row["rival"], row["strategy"])))
-    words = [row["strategy"], row["kernel"], row["order"] if row["order"] != "head_tail" else None]
+    layer = row["model"] if row["bench"] == "scan" else None
+    words = [layer, row["strategy"], row["kernel"], row["order"] if row["order"] != "head_tail" else None]
     return " ".join(str(word) for word in words if word) + (f" ({own})" if own else "")
 
 
@@ -158,6 +159,29 @@ def length_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines + _reasons(rows))
 
 
+def scan_table(rows: Sequence[Row]) -> str:
+    """A recurrence beside attention: time a token, and that over the same at the shortest length."""
+    names = ("ranks", "tokens", "ms", "ns a token", "of the shortest's", "of ideal", "peak GiB", "MiB (calls)", "error")
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    shortest: dict[tuple, float] = {}
+    for row in sorted(rows, key=lambda row: (row["model"] != "scan", row["model"], row["world_size"], _rank(row), label(row),
+                                             row["tokens"])):  # fmt: skip
+        what = f"| {label(row)} | {row['world_size']} | {row['tokens']:,} |"
+        bad = _bad(row)
+        if bad is not None:
+            lines.append(f"{what} {bad} | | | | | | |")
+            continue
+        each = 1e6 * row["ms"] / row["tokens"]
+        first = shortest.setdefault((label(row), row["world_size"]), each)
+        ideal = f"{row['ideal_ms'] / row['ms']:.3f}" if row["ideal_ms"] else ""
+        peak = "" if row["peak_bytes"] is None else _number(row["peak_bytes"] / 2**30)
+        sent = f"{_number(row['payload_bytes'] / 2**20)} ({row['calls']})" if row["world_size"] > 1 else ""
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        cells = (_number(row["ms"]), _number(each), f"{each / first:.3f}", ideal, peak, sent, error)
+        lines.append(f"{what} {' | '.join(cells)} |")
+    return "\n".join(lines + _reasons(rows))
+
+
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "time": ("attention", time_table),
     "memory": ("attention", memory_table),
@@ -166,6 +190,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "goals": ("attention", goal_table),
     "train": ("train", train_table),
     "length": ("length", length_table),
+    "scan": ("scan", scan_table),
 }
 
 
@@ -174,7 +199,7 @@ def tables_of(rows: Sequence[Row]) -> str:
     parts = []
     for bench, gpu, dtype in dict.fromkeys((row["bench"], row["gpu"], row["dtype"]) for row in rows):
         alike = [row for row in rows if (row["bench"], row["gpu"], row["dtype"]) == (bench, gpu, dtype)]
-        if bench in ("train", "length"):
+        if bench in ("train", "length", "scan"):
             parts.append(f"### {bench}: {dtype} on {gpu}\n\n{TABLES[bench][1](alike)}\n")
             continue
         for heads in dict.fromkeys(row["heads"] for row in alike):

@@ -19,7 +19,7 @@ from lss.environment import rank_environment
 from lss.mesh import pick_device_type
 
 if TYPE_CHECKING:
-    from lss.bench import AttentionPlan
+    from lss.bench import AttentionPlan, ScanPlan
     from lss.bench.train_step import TrainPlan
 
 # After this a collective that some rank does not reach ends the run; compiling a kernel takes a part of it.
@@ -28,6 +28,11 @@ HANG = timedelta(minutes=4)
 LENGTHS = {"cuda": "8192,16384,65536,131072", "cpu": "256,512"}
 HEADS = {"cuda": "32/8x128", "cpu": "4/2x16"}
 DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
+# Defaults of `bench scan`.
+SCAN_LENGTHS = {"cuda": "65536,131072,262144,524288,1048576", "cpu": "512,1024"}
+SCAN_SIZES = {"cuda": "32/1x128x64", "cpu": "4/1x16x16"}
+SCAN_HEADS = {"cuda": "16/4x128", "cpu": "4/2x16"}
+SCAN_WINDOW = {"cuda": 4096, "cpu": 64}
 
 
 def bench(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -46,7 +51,7 @@ def bench(options: argparse.Namespace, arguments: list[str]) -> int:
             return launch(options.nproc, arguments)
         return bench_length(options, ranks, _command(arguments))
     # everything is read here, so that a mistake is told once and before any rank is started
-    plan: Any = _attention_plan(options, ranks) if options.action == "attention" else _train_plan(options, ranks)
+    plan = {"attention": _attention_plan, "scan": _scan_plan, "train": _train_plan}[options.action](options, ranks)
     if must_launch(options.nproc):
         return launch(options.nproc, [*arguments, "--command", _command(arguments)])
     return _measure(options, plan, options.command or _command(arguments))
@@ -104,6 +109,28 @@ def _attention_plan(options: argparse.Namespace, ranks: int) -> AttentionPlan:
     return plan
 
 
+def _scan_plan(options: argparse.Namespace, ranks: int) -> ScanPlan:
+    from lss.bench import Heads, ScanPlan, Sizes
+    from lss.hosts import all_memory
+
+    device = _device_type(ranks)
+    plan = ScanPlan(
+        lengths=_numbers("--lengths", options.lengths or SCAN_LENGTHS[device]),
+        sizes=Sizes.parse(options.sizes or SCAN_SIZES[device]), heads=Heads.parse(options.heads or SCAN_HEADS[device]),
+        kernels=_words(options.kernels), orders=_words(options.orders),
+        window=SCAN_WINDOW[device] if options.attention_window is None else options.attention_window,
+        attention_upto=options.attention_upto,
+        dtype=options.dtype or DTYPE[device], batch=options.batch, repeat=options.repeat, seconds=options.seconds,
+        check_upto=options.check_upto, only=_words(options.only),
+    )  # fmt: skip
+    plan.validate(ranks)
+    values = max(plan.lengths) * plan.batch * plan.sizes.N * plan.sizes.H
+    if device == "cpu" and 8 * values > all_memory():
+        fit = f"values and outputs alone take more than the {all_memory() / 2**30:.1f} GiB of this host; use shorter ones"
+        raise refuse("--lengths", max(plan.lengths), fit)
+    return plan
+
+
 def _train_plan(options: argparse.Namespace, ranks: int) -> TrainPlan:
     from lss.bench import load_rivals
     from lss.bench.train_step import TrainPlan, plan_configs
@@ -121,7 +148,7 @@ def _train_plan(options: argparse.Namespace, ranks: int) -> TrainPlan:
 def _measure(options: argparse.Namespace, plan: Any, command: str) -> int:
     import torch
 
-    from lss.bench import Clock, Results, bench_attention
+    from lss.bench import Clock, Results, bench_attention, bench_scan
     from lss.bench.train_step import bench_train
     from lss.comm import cp_communicator
     from lss.mesh import close, init_mesh, world_size
@@ -138,6 +165,8 @@ def _measure(options: argparse.Namespace, plan: Any, command: str) -> int:
         show = _row_printer(first)
         if options.action == "attention":
             rows = bench_attention(plan, clock, results, command, show)
+        elif options.action == "scan":
+            rows = bench_scan(plan, clock, results, command, show)
         else:
             meshes = functools.cache(lambda cp, dp: init_mesh(cp=cp, dp=dp))
             rows = bench_train(plan, meshes, clock, results, command, show)
@@ -156,12 +185,13 @@ def _row_printer(first: bool) -> Callable[[dict[str, Any]], None]:
     def show(row: dict[str, Any]) -> None:
         if not first:
             return
-        what = f"{row['tokens']:>9,} {row['heads']:>10}  {'graph: ' if row['graph'] else ''}{label(row):44}"
+        what = f"{row['tokens']:>9,} {row['heads']:>11}  {'graph: ' if row['graph'] else ''}{label(row):44}"
         if row["status"] != "ok":
             print(f"{what} {row['status']}", flush=True)
             return
         ideal = f"  ideal {row['ideal_ms'] / row['ms']:.3f}" if row["ideal_ms"] else ""
-        print(f"{what} {row['ms']:>10.3f} ms ±{100 * row['spread']:.1f} %{ideal}", flush=True)
+        each = f"  {1e6 * row['ms'] / row['tokens']:.1f} ns a token" if row["bench"] == "scan" else ""
+        print(f"{what} {row['ms']:>10.3f} ms ±{100 * row['spread']:.1f} %{ideal}{each}", flush=True)
 
     return show
 
@@ -181,7 +211,7 @@ def _finish(options: argparse.Namespace, path: Path | None, new: list[dict[str, 
     if path is None:
         return
     print(f"rows: {path}")
-    if options.action == "attention" and not options.no_plots:
+    if options.action in ("attention", "scan") and not options.no_plots:
         try:
             _plot([path], path.with_name(f"{path.stem}-plots"), "svg")
         except Refused as refusal:  # the rows are there; a bench does not fail for want of its plots
@@ -190,11 +220,12 @@ def _finish(options: argparse.Namespace, path: Path | None, new: list[dict[str, 
 
 def _plot(files: list[Path], folder: Path, form: str) -> int:
     from lss.bench import read_rows
-    from lss.bench.plots import FORMATS, plot_attention
+    from lss.bench.plots import FORMATS, plot_attention, plot_scan
 
     if form not in FORMATS:
         raise refuse("--format", form, f"use one of {', '.join(FORMATS)}")
-    for picture in plot_attention(read_rows(files), folder, form):
+    rows = read_rows(files)
+    for picture in [*plot_attention(rows, folder, form), *plot_scan(rows, folder, form)]:
         print(f"plot: {picture}")
     return 0
 

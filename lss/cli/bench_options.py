@@ -36,6 +36,8 @@ def add_bench(verbs: Any, parser_class: type[argparse.ArgumentParser]) -> None:
     attention.add_argument("--no-plots", action="store_true", help="write rows only")
     _run_arguments(attention)
 
+    _add_scan(actions)
+
     train = actions.add_parser("train", help="whole optimizer steps of a config's model on random tokens")
     train.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value", help="as for lss train")
     train.add_argument("--lengths", metavar="S,S", help="tokens a sequence (default the config's data.seq_len)")
@@ -60,6 +62,28 @@ def add_bench(verbs: Any, parser_class: type[argparse.ArgumentParser]) -> None:
                        help="where the page's result files lie (default benchmarks/results)")  # fmt: skip
 
 
+def _add_scan(actions: Any) -> None:
+    scan = actions.add_parser("scan", help="one recurrence, forward and backward, beside attention of its width")
+    scan.add_argument("--lengths", metavar="S,S", help="tokens (default 65536 to 1048576; 512,1024 on a CPU)")
+    scan.add_argument("--sizes", metavar="N/KxPxH", help="heads/groups x state x size (default 32/1x128x64; 4/1x16x16)")
+    scan.add_argument("--heads", metavar="N/KxH", help="of attention (default 16/4x128; 4/2x16)")
+    scan.add_argument("--attention-window", type=int, metavar="W",
+                      help="of windowed attention beside it, 0 for none (default 4096; 64)")  # fmt: skip
+    scan.add_argument("--attention-upto", type=int, default=131072, metavar="S",
+                      help="tokens up to which full attention is measured, 0 for never (default 131072)")  # fmt: skip
+    scan.add_argument("--kernels", default="auto", metavar="NAMES", help="of the recurrence (default auto)")
+    scan.add_argument("--orders", default="head_tail", metavar="NAMES", help="default head_tail")
+    scan.add_argument("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)} (default bfloat16; float32)")
+    scan.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default 1)")
+    scan.add_argument("--seconds", type=float, default=30.0, metavar="T",
+                      help="fewer rounds, but 3, for what would take longer than this (default 30)")  # fmt: skip
+    scan.add_argument("--check-upto", type=int, default=4096, metavar="S",
+                      help="tokens at which results are held to float64 at most (default 4096)")  # fmt: skip
+    scan.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default 7)")
+    scan.add_argument("--no-plots", action="store_true", help="write rows only")
+    _run_arguments(scan, rivals=False)
+
+
 def _add_length(actions: Any) -> None:
     length = actions.add_parser("length", help="the longest sequence whose whole training step fits")
     length.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value", help="as for lss train")
@@ -79,9 +103,10 @@ def _add_length(actions: Any) -> None:
     length.add_argument("--trial", default="", help=argparse.SUPPRESS)
 
 
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
+def _run_arguments(parser: argparse.ArgumentParser, rivals: bool = True) -> None:
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
-    parser.add_argument("--rivals", default="none", metavar="DIR", help="folder of rivals' adapters (default none)")
+    if rivals:
+        parser.add_argument("--rivals", default="none", metavar="DIR", help="folder of rivals' adapters (default none)")
     parser.add_argument("--out", metavar="FILE.jsonl", help="append rows to this file; what it has already is skipped")
     parser.add_argument("--only", default="", metavar="WORDS", help="only what has one of these words in its name")
     parser.add_argument("--retry", action="store_true", help="measure again what the file has as failed")

@@ -99,7 +99,7 @@ def _continue(target: Target, options: argparse.Namespace, letters: Letters, ids
 
     parallel, dtype = target.config.parallel, target.config.train.dtype
     # however it was trained: what each rank holds of the prompt decides, and all strategies compute the same
-    attention = AttentionOptions(kernel=parallel.kernel, transport=parallel.transport)
+    attention = AttentionOptions(kernel=parallel.kernel, transport=parallel.transport, scan_kernel=parallel.scan_kernel)
     order = "head_tail" if parallel.order == "balanced" else parallel.order
     told = _Told(options, letters, mesh.get_rank() == 0)
     model = target.load_plain(mesh)

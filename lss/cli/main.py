@@ -40,6 +40,8 @@ RANGES = {
     "--steps": (1, 1 << 20),
     "--trial-seconds": (1, 1 << 24),
     "--window": (1, LARGEST),
+    "--attention-window": (0, LARGEST),
+    "--attention-upto": (0, LARGEST),
     "--stride": (1, LARGEST),
     "--max-new-tokens": (1, LARGEST),
     "--top-k": (0, LARGEST),

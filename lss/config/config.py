@@ -81,7 +81,8 @@ class Config:
             self._validate_hf()
         else:
             refuse_mismatch(self.model)
-            given = {"strategy": self.parallel.strategy, "prefix": self.data.prefix}
+            given = {"strategy": self.parallel.strategy, "prefix": self.data.prefix,
+                     "scan_kernel": self.parallel.scan_kernel}  # fmt: skip
             refuse_misfit_layers(self.model, **given, plain=ModelConfig())
         self._validate_lora()
         model, parallel, train = self.model, self.parallel, self.train

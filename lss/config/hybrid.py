@@ -53,11 +53,13 @@ def state_numbers(model: ModelConfig) -> int:
     return layer_counts(model)[1] * scan_width(model) * model.scan_state
 
 
-def refuse_misfit_layers(model: ModelConfig, *, strategy: str, prefix: int, plain: ModelConfig) -> None:
+def refuse_misfit_layers(
+    model: ModelConfig, *, strategy: str, prefix: int, plain: ModelConfig, scan_kernel: str = "auto"
+) -> None:
     """Refuse kinds of layers that are none, sizes that do not fit, and what a recurrence does not compute.
 
     Args:
-        strategy, prefix: parallel.strategy and data.prefix.
+        strategy, prefix, scan_kernel: parallel.strategy, data.prefix and parallel.scan_kernel.
         plain: a section of defaults.
     """
     unknown = sorted(set(model.layers) - set(KINDS))
@@ -69,6 +71,9 @@ def refuse_misfit_layers(model: ModelConfig, *, strategy: str, prefix: int, plai
             if getattr(model, key) != getattr(plain, key):
                 fit = f'model.layers={_quoted(model.layers)} has no layer that scans; leave it out, or use model.layers="s"'
                 raise refuse(f"model.{key}", _quoted(getattr(model, key)), fit)
+        if scan_kernel != "auto":
+            fit = f'model.layers={_quoted(model.layers)} has no layer that scans; leave it out'
+            raise refuse("parallel.scan_kernel", _quoted(scan_kernel), fit)
         return
     if model.kind != "decoder":
         fit = f'model.kind="{model.kind}" reads in both directions, and a state goes forward; use "a"'

@@ -8,7 +8,7 @@ from typing import Any
 
 from lss.config.errors import refuse
 from lss.config.presets import PRESETS
-from lss.config.support import KERNEL_CHOICES
+from lss.config.support import KERNEL_CHOICES, SCAN_KERNEL_CHOICES
 
 # Larger whole numbers are typing errors, and overflow in tensors and files.
 LARGEST = 2**40
@@ -195,6 +195,8 @@ class ParallelConfig:
                                     "auto: all but the last", choices=("auto",))  # fmt: skip
     kernel: str = _key("auto", str, "attention on one device; sdpa: the fastest of torch's fused ones",
                        choices=KERNEL_CHOICES)  # fmt: skip
+    scan_kernel: str = _key("auto", str, "layers that scan on one device; fla: flash-linear-attention's, bfloat16 on CUDA; "
+                            "blocks: plain torch", choices=SCAN_KERNEL_CHOICES)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def attention(
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How attention is computed, by the names and with the meanings of `attention`; it does not change the result."""
+    """How attention is computed, by the names and with the meanings of `attention`, and recurrences; not what comes out."""
 
     strategy: str = "lss"
     head_chunks: int | str = "auto"
@@ -191,6 +191,7 @@ class AttentionOptions:
     dkv_dtype: str = "auto"
     inner: int | str = "auto"
     token_chunks: int | str = "auto"
+    scan_kernel: str = "auto"
 
     def features(self) -> dict[str, str]:
         """The features of `lss.config.support` that these are, each with its setting and value."""

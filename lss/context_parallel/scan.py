@@ -25,6 +25,7 @@ from lss.context_parallel.sharding import segment_for
 from lss.kernels.conv import check_conv, run_conv
 from lss.kernels.outside import outside_graphs
 from lss.kernels.scan import check_scan, run_scan
+from lss.kernels.scan_blocks import of_states
 from lss.segment import Segment, chunk_places, plan_halo
 
 
@@ -39,6 +40,7 @@ def scan(
     cu_seqlens: torch.Tensor | None = None,
     seq_len: int | None = None,
     seg: Segment | None = None,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Exact linear recurrence with matrix states over a sequence that is cut over the mesh's "cp" axis; differentiable.
 
@@ -50,22 +52,28 @@ def scan(
     Args:
         q, k: (B, T, K, P), this rank's, cut by `lss.shard`; float64, float32, bfloat16 or float16.
         v: (B, T, N, H), N a multiple of K: head n takes q and k of head n // (N / K).
-        log_decay: (B, T, N), finite; usually 0 or less. May be wider than the others.
+        log_decay: (B, T, N), or (B, T, N, P): a decay for each row of a head's state, diag(exp(log_decay_t)) S_{t-1}, as in
+            gated linear attention. Finite; usually 0 or less. May be wider than the others.
         mesh, order, cu_seqlens, seq_len, seg: as in `lss.attention`; every order goes.
+        kernel: "fla" is flash-linear-attention's (bfloat16 on CUDA, `pip install 'lss-transformer[fla]'`), "blocks" plain
+            torch, "auto" the first of them that fits.
 
     Returns:
         (B, T, N, H) in v's dtype; 0 at padding. States and sums are float32 (float64 for float64).
 
-    Collectives: one all-gather in forward of every chunk's state and decay, chunks x B N (P H + 1) numbers, and one in
-    backward of the states' gradients, chunks x B N P H; chunks are cp of them, 2 cp in head_tail order. S is in none.
-    Memory: until backward the inputs and a state a chunk of the rank; while it computes a state for each 64 tokens.
+    Collectives: one all-gather in forward of every chunk's state and decay, chunks x B N (P H + 1) numbers, (P H + P) with
+    a decay a row, and one in backward of the states' gradients, chunks x B N P H; chunks are cp of them, 2 cp in head_tail
+    order. S is in none.
+    Memory: until backward the inputs and a state a chunk of the rank; while it computes a state for each 64 tokens (16 with
+    a decay a row), with kernel "fla" for those of a section of the chunk only.
 
     Raises:
-        Refused: tensors that do not fit together or not their segment.
+        Refused: tensors that do not fit together or not their segment; a kernel that does not fit them.
     """
     check_scan(q, k, v, log_decay)
     comm = cp_communicator(mesh)
-    return cut_scan(q, k, v, log_decay, segment=segment_for(q, comm, order, seq_len, seg, cu_seqlens), comm=comm)
+    segment = segment_for(q, comm, order, seq_len, seg, cu_seqlens)
+    return cut_scan(q, k, v, log_decay, segment=segment, comm=comm, kernel=kernel)
 
 
 def causal_conv(
@@ -103,10 +111,12 @@ def causal_conv(
 
 
 @outside_graphs
-def cut_scan(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, *, segment: Segment, comm: Communicator) -> torch.Tensor:
+def cut_scan(
+    q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, *, segment: Segment, comm: Communicator, kernel: str = "auto"
+) -> torch.Tensor:
     """`scan` of a segment whose group is known."""
     passing = None if _whole(segment, comm) else _States(segment, comm)
-    return run_scan(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, segment, passing)
+    return run_scan(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, segment, passing, kernel)
 
 
 @outside_graphs
@@ -124,7 +134,7 @@ def _whole(segment: Segment, comm: Communicator) -> bool:
 
 
 class _States:
-    """States of one call, from chunk to chunk over all ranks; a `lss.kernels.scan.Passing`."""
+    """States of one call, from chunk to chunk over all ranks; a `lss.kernels.scan_blocks.Passing`."""
 
     def __init__(self, segment: Segment, comm: Communicator) -> None:
         self._segment, self._comm = segment, comm
@@ -132,13 +142,15 @@ class _States:
 
     def forward(self, decay_BMN: torch.Tensor, ends_BMNPH: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Gather decays and end states; then the states that enter this rank's chunks."""
-        packed = torch.cat((ends_BMNPH.flatten(-2), decay_BMN[..., None]), -1)
+        size = ends_BMNPH.shape[-2:].numel()
+        decays = of_states(decay_BMN, ends_BMNPH).flatten(-2)
+        packed = torch.cat((ends_BMNPH.flatten(-2), decays), -1)
         pending = self._comm.all_gather(packed, 1, "state")
 
         def entering() -> torch.Tensor:
             gathered = pending.wait()
-            self._decays = gathered[..., -1]
-            return self._combined(gathered[..., :-1].unflatten(-1, ends_BMNPH.shape[-2:]), backward=False)
+            self._decays = gathered[..., size:, None]
+            return self._combined(gathered[..., :size].unflatten(-1, ends_BMNPH.shape[-2:]), backward=False)
 
         return entering
 
@@ -160,7 +172,7 @@ class _States:
             if not mine:
                 break
             at = places[chunk]
-            state = torch.addcmul(terms[:, at], self._decays[:, at, ..., None, None], state)
+            state = torch.addcmul(terms[:, at], self._decays[:, at], state)
         return out
 
 

@@ -3,7 +3,7 @@
 The prompt is read as training reads a sequence: each rank computes its segment, with LSS attention. Its keys and values
 stay there. Each new token is then computed by every rank, but for attention: a rank computes that to its own keys, and the
 parts are merged by their log-sum-exp, with one small all-gather a layer. The new token's own key and value go to the rank
-that holds fewest.
+that holds fewest. Layers that scan have a state and a few last tokens instead, which every rank holds.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from lss.config.errors import refuse
 from lss.context_parallel import AttentionOptions, attend, shard
 from lss.infer.cache import SegmentedCache
 from lss.infer.decode import attend_cached
-from lss.infer.passes import Passes, passes_of
+from lss.infer.passes import LayerOps, Passes, passes_of
 from lss.infer.sampling import Sampling, sample
+from lss.infer.states import StateCache
 from lss.segment import Segment, make_segment
 
 Seen = Callable[[torch.Tensor, torch.Tensor], None]
@@ -45,14 +46,16 @@ class Decoder:
         self._passes, self._mesh, self._comm, self._options, self._most = passes, mesh, comm, options, most
         self._segment_of = partial(make_segment, cp=comm.size, rank=comm.rank, order=order)
         self.cache: SegmentedCache | None = None
+        self.states: StateCache | None = None
 
     def read(self, prompt_BS: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) of the prompt's last token, on every rank, which holds its segment's keys and values then.
 
-        Collectives: those of LSS attention in each layer, and one all-reduce of B V numbers.
+        Collectives: those of LSS attention in each layer, or of `StateCache`'s reads, and one all-reduce of B V numbers.
         """
         segment = self._segment_of(prompt_BS.shape[1])
         cache = self.cache = SegmentedCache(segment, self._passes.layers, self._most, prompt_BS.device)
+        states = self.states = StateCache(segment, self._comm, self._options.scan_kernel)
 
         def attention(q, k, v, rules, layer: int) -> torch.Tensor:
             cache.fill(layer, k, v)
@@ -62,7 +65,8 @@ class Decoder:
         # padding reaches nobody, and its own positions may lie beyond what the model has
         positions = segment.positions.masked_fill(segment.positions >= segment.seq_len, 0).to(prompt_BS.device)
         at = _local(segment, segment.seq_len - 1)
-        logits = self._passes.run(ids, positions, attention, segment, at or 0)
+        layers = LayerOps(attention, states.read_scan, states.read_conv)
+        logits = self._passes.run(ids, positions, layers, segment, at or 0)
         if at is None:
             logits = torch.zeros_like(logits)
         return self._comm.all_reduce(logits.contiguous(), "logits").wait()
@@ -70,10 +74,11 @@ class Decoder:
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) of the next token, which every rank is given alike; its keys and values are kept on one of them.
 
-        Collectives: one all-gather of cp B N (H + 1) numbers a layer.
+        Collectives: one all-gather of cp B N (H + 1) numbers a layer that attends.
         """
-        cache = self.cache
+        cache, states = self.cache, self.states
         assert cache is not None
+        assert states is not None
         place = cache.advance()
 
         def attention(q, k, v, rules, layer: int) -> torch.Tensor:
@@ -81,7 +86,8 @@ class Decoder:
             return attend_cached(q, k, v, rules, **how)
 
         positions = torch.tensor([place], device=tokens_B.device)
-        return self._passes.run(tokens_B[:, None], positions, attention, make_segment(1, cp=1, rank=0), 0)
+        layers = LayerOps(attention, states.step_scan, states.step_conv)
+        return self._passes.run(tokens_B[:, None], positions, layers, make_segment(1, cp=1, rank=0), 0)
 
 
 @torch.no_grad()
@@ -117,7 +123,7 @@ def generate(
 
     Collectives: those of `Decoder.read` once; for each token after the first those of `Decoder.step`; and one broadcast of
         B int64 a token, so that ranks whose roundings differ go on with the same text.
-    Memory: a rank holds about 1/cp of the keys and values.
+    Memory: a rank holds about 1/cp of the keys and values, and all states.
 
     Raises:
         Refused: ids that the model has not, an empty prompt, more tokens than it has positions for, or a model that cannot

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from itertools import count
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -11,15 +12,26 @@ from torch.nn import functional as F
 
 from lss.comm import Communicator
 from lss.config.errors import refuse
-from lss.config.hybrid import scans
+from lss.config.hybrid import attention_layers
 from lss.context_parallel import AttentionOptions
 from lss.integrations.hf import CutBatch, is_hf_model, is_mixer, traits_of, use_lss_attention
 from lss.kernels import Rules
 from lss.model import ModelOps, Transformer
 from lss.segment import Segment
 
-# (q (B,T,N,H), k, v (B,T,K,H), rules, layer) -> (B,T,N,H)
-LayerAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules, int], torch.Tensor]
+
+class LayerOps(NamedTuple):
+    """What the layers of one pass compute, each with its number among those that compute such.
+
+    Attributes:
+        attention: (q (B,T,N,H), k, v (B,T,K,H), rules, number) -> (B,T,N,H).
+        scan: (q, k (B,T,K,P), v (B,T,N,H), log decay (B,T,N), number) -> (B,T,N,H).
+        conv: (x (B,T,C), weight (C,W), number) -> (B,T,C).
+    """
+
+    attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules, int], torch.Tensor]
+    scan: Callable[..., torch.Tensor]
+    conv: Callable[..., torch.Tensor]
 
 
 class Passes(Protocol):
@@ -35,8 +47,9 @@ class Passes(Protocol):
     vocab_size: int
     longest: int | None
 
-    def run(self, ids_BT: torch.Tensor, positions_T: torch.Tensor, attend: LayerAttention, segment: Segment, at: int
-            ) -> torch.Tensor:  # fmt: skip
+    def run(
+        self, ids_BT: torch.Tensor, positions_T: torch.Tensor, layers: LayerOps, segment: Segment, at: int
+    ) -> torch.Tensor:
         """Logits (B, V) of the token that stands at `at` among those given."""
         ...
 
@@ -60,16 +73,17 @@ class _Ours:
     def __init__(self, model: Transformer) -> None:
         if model.config.kind != "decoder":
             raise refuse("model.kind", f'"{model.config.kind}"', "decoders say the next token, and generate")
-        if scans(model.config):
-            fit = "a cache holds keys and values, and no states yet; models of attention alone generate"
-            raise refuse("model.layers", f'"{model.config.layers}"', fit)
-        self._model, self.layers, self.vocab_size = model, model.config.n_layers, model.config.vocab_size
+        self._model, self.layers, self.vocab_size = model, len(attention_layers(model.config)), model.config.vocab_size
         self.longest = model.seq_len if model.config.positions == "learned" else None
 
-    def run(self, ids_BT, positions_T, attend: LayerAttention, segment: Segment, at: int) -> torch.Tensor:
+    def run(self, ids_BT, positions_T, layers: LayerOps, segment: Segment, at: int) -> torch.Tensor:
         """See `Passes`."""
-        layers = iter(range(self.layers))
-        ops = ModelOps(attention=lambda q, k, v, rules: attend(q, k, v, rules, next(layers)))
+        attending, scanning, convolving = count(), count(), count()
+        ops = ModelOps(
+            attention=lambda q, k, v, rules: layers.attention(q, k, v, rules, next(attending)),
+            scan=lambda q, k, v, log_decay: layers.scan(q, k, v, log_decay, next(scanning)),
+            conv=lambda x, weight: layers.conv(x, weight, next(convolving)),
+        )
         output = self._model(ids_BT, positions=positions_T, ops=ops)
         return F.linear(output.hidden[:, at], output.weight)
 
@@ -80,7 +94,7 @@ class _OfTransformers:
         if not traits.shifts:
             raise refuse("model", traits.name, "it does not say the next token; a ...ForCausalLM does")
         if any(map(is_mixer, model.modules())):
-            fit = "a cache holds keys and values, and no states yet; models of attention alone generate"
+            fit = "of transformers' models only keys and values are cached, no states; those of attention alone generate"
             raise refuse("model", traits.name, fit)
         if traits.rope_limit is not None and comm.size > 1:
             fit = f"its frequencies depend on the longest position at hand beyond {traits.rope_limit[1]}; use one rank"
@@ -90,13 +104,13 @@ class _OfTransformers:
         self.vocab_size = model.config.get_text_config().vocab_size
         use_lss_attention(model)
 
-    def run(self, ids_BT, positions_T, attend: LayerAttention, segment: Segment, at: int) -> torch.Tensor:
+    def run(self, ids_BT, positions_T, layers: LayerOps, segment: Segment, at: int) -> torch.Tensor:
         """See `Passes`."""
         batch = CutBatch(segment, self._comm, AttentionOptions(), None, None, None, None)
 
         def layer_attention(q, k, v, rules: Rules) -> torch.Tensor:
             self._refuse_calls(batch.calls, batch.calls > self.layers)
-            return attend(q, k, v, rules, batch.calls - 1)
+            return layers.attention(q, k, v, rules, batch.calls - 1)
 
         batch.attend = layer_attention
         given: dict[str, Any] = {"output_router_logits": False} if self._traits.aux_coef is not None else {}

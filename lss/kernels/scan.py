@@ -1,4 +1,4 @@
-"""Linear recurrences with matrix states: a block of tokens at a time, in plain torch, and the loop that they are held to.
+"""Linear recurrences with matrix states: a block of tokens at a time, and the loop that they are held to.
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T,    y_t = q_t S_t,    S = 0 before a document's first token
 
@@ -9,53 +9,38 @@ retention are cases of. With c_i the running sum of g in a block, a block whose 
     h'  = exp(c_C) h + sum_j exp(c_C - c_j) k_j v_j^T
 
 The first sums are matrix products of all blocks at once; the states go from block to block one after another. Where a
-sequence is cut, a rank's chunks start from states that `Passing` brings.
+sequence is cut, a rank's chunks start from states that `Passing` brings. What computes it is in `lss.kernels.scan_table`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from lss.config.errors import refuse
 from lss.kernels.outside import outside_graphs
-from lss.kernels.scan_blocks import ScanWork, chained
-from lss.segment import ScanBlocks, Segment, make_segment, scan_blocks
-
-# Tokens of a block: scores of C by C are made in each, states once in each.
-BLOCK = 64
-
-
-class Passing(Protocol):
-    """Brings states from chunk to chunk where a rank holds several, or only some, of a sequence's."""
-
-    def forward(self, decay_BMN: torch.Tensor, ends_BMNPH: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Given each chunk's whole decay, and its end state if it began with 0: the states that enter, when asked for."""
-        ...
-
-    def backward(self, entering_BMNPH: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Given gradients of entering states by their own chunk alone: those of the states that leave, when asked for."""
-        ...
+from lss.kernels.scan_blocks import Passing, of_states
+from lss.kernels.scan_table import ScanKernel, pick_scan_kernel
+from lss.segment import Segment, make_segment
 
 
 def check_scan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor) -> None:
     """Refuse tensors that do not fit together."""
-    for name, x, dims in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("log_decay", log_decay, 3)):
+    of_decays = 4 if log_decay.dim() == 4 else 3
+    for name, x, dims in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("log_decay", log_decay, of_decays)):
         if x.dim() != dims:
-            fit = "batch, tokens, heads, size" if dims == 4 else "batch, tokens, heads: one number a head"
+            fit = "batch, tokens, heads, size" if dims == 4 else "batch, tokens, heads; or one more, of q's size"
             raise refuse(name, tuple(x.shape), f"give {dims} dimensions ({fit})")
-        if not x.is_floating_point() or (dims == 4 and x.dtype != q.dtype):
+        if not x.is_floating_point() or (name != "log_decay" and x.dtype != q.dtype):
             raise refuse(name, x.dtype, f"q, k and v must have one floating point dtype; q has {q.dtype}")
     if k.shape != q.shape:
         raise refuse("k", tuple(k.shape), f"q and k must have one shape; q has {tuple(q.shape)}")
     if v.shape[:2] != q.shape[:2] or q.shape[2] == 0 or v.shape[2] % q.shape[2]:
         fit = f"batch and tokens must be those of q, {tuple(q.shape)}, and its heads a multiple of q's"
         raise refuse("v", tuple(v.shape), fit)
-    if log_decay.shape != v.shape[:3]:
-        raise refuse("log_decay", tuple(log_decay.shape), f"give one number for each head of v, {tuple(v.shape[:3])}")
+    if log_decay.shape[:3] != v.shape[:3] or log_decay.shape[3:] not in ((), q.shape[3:]):
+        fit = f"give one number for each head of v, {tuple(v.shape[:3])}, or one for each row of its state"
+        raise refuse("log_decay", tuple(log_decay.shape), f"{fit}, {(*v.shape[:3], q.shape[3])}")
 
 
 @outside_graphs
@@ -66,27 +51,29 @@ def single_scan(
     log_decay_BTN: torch.Tensor,
     *,
     segment: Segment | None = None,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """The recurrence over whole sequences on one device; (B, T, N, H).
 
     Args:
         q_BTKP, k_BTKP: (B, T, K, P); head n of N takes those of n // (N / K).
         v_BTNH: (B, T, N, H), N a multiple of K.
-        log_decay_BTN: g, finite.
+        log_decay_BTN: g, finite; or (B, T, N, P).
         segment: the sequence, whole, with its documents; one document by default.
+        kernel: one of `lss.config.support.SCAN_KERNEL_CHOICES`.
     """
     check_scan(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN)
     segment = segment or make_segment(q_BTKP.shape[1], cp=1, rank=0)
-    return run_scan(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, segment, None)
+    return run_scan(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, segment, None, kernel)
 
 
-def run_scan(q, k, v, log_decay, segment: Segment, passing: Passing | None) -> torch.Tensor:
+def run_scan(q, k, v, log_decay, segment: Segment, passing: Passing | None, kernel: str = "auto") -> torch.Tensor:
     """The recurrence over a segment, 0 at padding; `passing` None: the segment is the whole sequence in one chunk.
 
-    Memory until backward: the inputs, and the state that enters each chunk, in float32 (float64). While it computes: a few
-    times the scores of an eighth of the blocks with themselves, B T N C / 8, and a state a block, B (T / C) N P H.
+    Memory until backward: the inputs, and the state that enters each chunk, in float32 (float64). While it computes: what
+    the kernel's file says.
     """
-    return _Scan.apply(q, k, v, log_decay, scan_blocks(segment, BLOCK), passing)
+    return _Scan.apply(q, k, v, log_decay, segment, passing, pick_scan_kernel(kernel, q, v, by_channel=log_decay.dim() == 4))
 
 
 def scan_reference(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, edges: tuple[int, ...] = ()) -> torch.Tensor:
@@ -97,40 +84,24 @@ def scan_reference(q_BTKP, k_BTKP, v_BTNH, log_decay_BTN, edges: tuple[int, ...]
     for t in range(q.shape[1]):
         new = k[:, t, :, :, None] * v_BTNH[:, t, :, None, :]
         kept = state * 0.0 if t in edges else state
-        state = log_decay_BTN[:, t].exp()[..., None, None] * kept + new
+        state = of_states(log_decay_BTN[:, t].exp(), new) * kept + new
         out.append((q[:, t, :, None, :] @ state)[:, :, 0])
     return torch.stack(out, 1)
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, blocks: ScanBlocks, passing: Passing | None):
+    def forward(ctx, q, k, v, g, segment: Segment, passing: Passing | None, kernel: ScanKernel):
         with torch.autocast(q.device.type, enabled=False):
-            work = ScanWork(q, k, v, g, blocks)
-            states, ends = chained(work.by_chunk(work.ends()), work.by_chunk(work.decay))
-            arriving = None if passing is None else passing.forward(work.by_chunk(work.decay).prod(2), ends)
-            out = work.inside()  # while the states are under way
-            entering = None if arriving is None else arriving()
-            out += work.from_states(work.entered(states, entering))
-        ctx.blocks, ctx.passing = blocks, passing
-        ctx.save_for_backward(q, k, v, g, entering)
-        return work.back(out, v.dtype)
+            y, *states = kernel.forward(q, k, v, g, segment, passing)
+        ctx.segment, ctx.passing, ctx.kernel = segment, passing, kernel
+        ctx.save_for_backward(q, k, v, g, *states)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
-        q, k, v, g, entering = ctx.saved_tensors
+    def backward(ctx, dy):
+        q, k, v, g, *states = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
-            work = ScanWork(q, k, v, g, ctx.blocks)
-            decay = work.by_chunk(work.decay)
-            dy = work.cut(dout, masked=True)
-            leaving, first = chained(work.by_chunk(work.states_gradient(dy)), decay, reverse=True)
-            arriving = None if ctx.passing is None else ctx.passing.backward(first)
-            grads = work.inside_gradients(dy)  # while the states' gradients are under way
-            states, _ = chained(work.by_chunk(work.ends()), decay)
-            states = work.entered(states, entering)
-            leaving = work.left(leaving, None if arriving is None else arriving())
-            dq, dk, dv, dg = work.gradients(dy, states, leaving, grads)
-            given = zip((dq, dk, dv, dg), (q, k, v, g), strict=True)
-            dq, dk, dv, dg = (work.back(grad, x.dtype) for grad, x in given)
-        return dq, dk, dv, dg[..., 0], None, None
+            grads = ctx.kernel.backward(dy, q, k, v, g, *states, ctx.segment, ctx.passing)
+        return *grads, None, None, None

@@ -11,12 +11,17 @@ up; the shorter way, differences of what rows and columns sum up to, cancels mos
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
 from lss.segment import ScanBlocks
+
+# Tokens of a block: scores of C by C are made in each, states once in each.
+BLOCK = 64
 
 # Scores exist of an eighth of the blocks at a time: in many heads all of them would be most of the memory.
 TILES = 8
@@ -26,17 +31,38 @@ Masks = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, tor
 Inside = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+class Passing(Protocol):
+    """Brings states from chunk to chunk where a rank holds several, or only some, of a sequence's.
+
+    States are (B, M, ..., P, H) with heads in one dimension or in two, decays the same without P and H.
+    """
+
+    def forward(self, decay_BMN: torch.Tensor, ends_BMNPH: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Given each chunk's whole decay, and its end state if it began with 0: the states that enter, when asked for."""
+        ...
+
+    def backward(self, entering_BMNPH: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Given gradients of entering states by their own chunk alone: those of the states that leave, when asked for."""
+        ...
+
+
 def chained(terms: torch.Tensor, decay: torch.Tensor, reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The state before each block and that behind the last, from 0: state = decay * state + term, block after block.
 
-    (B, M, blocks, K, R, P, H) and (B, M, blocks, K, R); `reverse` begins with the last block.
+    (B, M, blocks, K, R, P, H) and (B, M, blocks, K, R) or (B, M, blocks, K, R, P); `reverse` begins with the last block.
     """
+    decay = of_states(decay, terms)
     before, state = torch.empty_like(terms), torch.zeros_like(terms[:, :, 0])
     order = range(terms.shape[2])
     for z in reversed(order) if reverse else order:
         before[:, :, z] = state
-        state = torch.addcmul(terms[:, :, z], decay[:, :, z, ..., None, None], state)
+        state = torch.addcmul(terms[:, :, z], decay[:, :, z], state)
     return before, state
+
+
+def of_states(decay: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Decays of heads or of their channels with the dimensions of states (..., P, H)."""
+    return decay.reshape(*decay.shape, *[1] * (states.dim() - decay.dim()))
 
 
 def _masks(blocks: ScanBlocks, device: torch.device) -> Masks:
@@ -69,7 +95,12 @@ class ScanWork:
         masks = _masks_kept(blocks, q.device) if q.is_cuda else _masks(blocks, q.device)
         self._true, sees, first, last, passes = masks
         self._q, self._k, self._v = self.cut(q)[:, :, :, 0], self.cut(k)[:, :, :, 0], self.cut(v)
-        self._g, self._sees = self.cut(g[..., None])[..., 0], sees
+        self._sees = sees
+        self._set_decays(g, first, last, passes)
+
+    def _set_decays(self, g, first: torch.Tensor, last: torch.Tensor, passes: torch.Tensor) -> None:
+        """What decays from each block's begin to its tokens, from them to its end, and in all of it."""
+        self._g = self.cut(g[..., None])[..., 0]
         c, never = self._g.cumsum(-1), float("-inf")
         behind = F.pad(_from_each_on(self._g.masked_fill(~last, 0.0), -1)[..., 1:], (0, 1))
         # masked before exp: in another document decays may be far beyond what its result can hold
@@ -137,7 +168,7 @@ class ScanWork:
             return states.flatten(1, 2)
         decay = self.by_chunk(self.decay)
         left = torch.cat((torch.ones_like(decay[:, :, :1]), decay[:, :, :-1]), 2).cumprod(2)
-        return (states + left[..., None, None] * entering[:, :, None]).flatten(1, 2)
+        return (states + of_states(left, states) * entering[:, :, None]).flatten(1, 2)
 
     # -- backward ----------------------------------------------------------------------------------------------------
 
@@ -151,7 +182,7 @@ class ScanWork:
             return leaving.flatten(1, 2)
         decay = self.by_chunk(self.decay)
         rest = torch.cat((decay[:, :, 1:], torch.ones_like(decay[:, :, :1])), 2).flip(2).cumprod(2).flip(2)
-        return (leaving + rest[..., None, None] * behind[:, :, None]).flatten(1, 2)
+        return (leaving + of_states(rest, leaving) * behind[:, :, None]).flatten(1, 2)
 
     def inside_gradients(self, dy: torch.Tensor) -> Inside:
         """Gradients by what tokens have of their own block."""

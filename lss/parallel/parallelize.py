@@ -55,6 +55,7 @@ def parallelize(
     offload_gib: float | str = "auto",
     offload_path: str = "",
     kernel: str = "auto",
+    scan_kernel: str = "auto",
     transport: str = "auto",
     dkv_dtype: str = "auto",
     precut: bool = False,
@@ -77,6 +78,7 @@ def parallelize(
         mesh: from `lss.init_mesh`.
         strategy: "lss", "lss_2d", "ring", "ulysses" or "tp" (Megatron tensor + sequence parallelism on the cp axis).
         inner, order, head_chunks, token_chunks, regather, kernel, transport, dkv_dtype: as in `lss.attention`.
+        scan_kernel: of layers that scan, as in `lss.scan`.
         checkpointing: None or "none" keeps activations, "full" keeps each block's input and computes it again, "attention"
             keeps the attention's output and lse too and computes only the linear parts again, never the attention.
         precut: the model is given segments, (B, T) token ids (and source ids) with `positions`, `shift_labels` and the
@@ -98,13 +100,13 @@ def parallelize(
     Raises:
         Refused: an option or a model that would not be laid out exactly.
     """
+    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner, token_chunks,
+                               scan_kernel)  # fmt: skip
     if is_hf_model(model):
-        others = {"offload": (offload or "none", "none"), "tiles": (tiles, "auto"), "compile": (compile, False)}
-        options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner, token_chunks)
-        return lay_out_hf(
-            model, mesh, order, options, checkpointing=checkpointing, precut=precut,
-            fsdp_reshard=fsdp_reshard if fsdp else None, others=others,
-        )  # fmt: skip
+        others = {"offload": (offload or "none", "none"), "tiles": (tiles, "auto"), "compile": (compile, False),
+                  "scan_kernel": (scan_kernel, "auto")}  # fmt: skip
+        return lay_out_hf(model, mesh, order, options, checkpointing=checkpointing, precut=precut, others=others,
+                          fsdp_reshard=fsdp_reshard if fsdp else None)  # fmt: skip
     if not isinstance(model, Transformer):
         fit = "lss.model.Transformer and models of transformers are laid out; in a model of your own call lss.shard, "
         raise refuse("model", type(model).__name__, f"{fit}lss.attention, lss.cross_entropy and lss.sum_gradients")
@@ -115,7 +117,6 @@ def parallelize(
         raise Refused("This model has been parallelized already; make a new one for another layout.")
     if compile:
         _refuse_compile(model, strategy)
-    options = AttentionOptions(strategy, head_chunks, regather, kernel, transport, dkv_dtype, inner, token_chunks)
     width = None if strategy == "tp" else model.config.d_mlp
     device, local = torch.device(mesh.device_type), ranks_per_node(mesh)
     offloader = make_offloader(offload, device, gib=offload_gib, folder=offload_path, local_ranks=local)
@@ -315,8 +316,8 @@ class Layout:
             )
         attention = partial(attend, comm=self.cp, options=self.options)
         cut = {"segment": segment, "comm": self.cp}
-        ops = replace(ops, attention=partial(attention, segment=segment), scan=partial(cut_scan, **cut),
-                      conv=partial(cut_conv, **cut))  # fmt: skip
+        scan, conv = partial(cut_scan, **cut, kernel=self.options.scan_kernel), partial(cut_conv, **cut)
+        ops = replace(ops, attention=partial(attention, segment=segment), scan=scan, conv=conv)
         if source is None:
             return ops
         cross = partial(attention, segment=segment, kv_segment=source)

@@ -236,6 +236,7 @@ def lay_out(config: Config, model: nn.Module, mesh: DeviceMesh, packed: bool | N
         offload_gib=config.memory.offload_gib,
         offload_path=config.memory.offload_path,
         kernel=parallel.kernel,
+        scan_kernel=parallel.scan_kernel,
         transport=parallel.transport,
         dkv_dtype=parallel.dkv_dtype,
         precut=True,

@@ -34,10 +34,10 @@ def _at_padding(y, seg):
 
 
 def scan_case(cp, *, S, N=4, K=2, P=3, H=5, B=2, order="head_tail", edges=None, dtype=torch.float64, decay=0.25,
-              per_node=None):  # fmt: skip
+              per_node=None, by_channel=False):  # fmt: skip
     """Relative errors of y, dq, dk, dv and dg against the loop over tokens, y at padding, and what this rank counted."""
     the_mesh, seg = _segment(cp, S, order, edges, per_node)
-    q, k, v, g, dy = drawn((B, S, K, P), (B, S, K, P), (B, S, N, H), (B, S, N), (B, S, N, H))
+    q, k, v, g, dy = drawn((B, S, K, P), (B, S, K, P), (B, S, N, H), (B, S, N, P) if by_channel else (B, S, N), (B, S, N, H))
     whole = [x.to(dtype) for x in (q, k, v, -g.abs() * decay)]
     dy = dy.to(dtype)
     leaves = [x.double().requires_grad_() for x in whole]

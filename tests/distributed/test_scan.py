@@ -51,6 +51,46 @@ def test_half_precision_rounds_inputs_and_results_alone(dtype, bound):
         assert max(errors) <= bound
 
 
+@pytest.mark.parametrize("cp, order, S", list(product([1, 2, 3, 4], ORDERS, [1, 37, 130])))
+def test_decays_of_channels_equal_the_loop_over_tokens(cp, order, S):
+    for errors, *_ in pool(cp).run(scan_case, cp, S=S, order=order, by_channel=True):
+        assert max(errors) <= 1e-12
+
+
+@pytest.mark.parametrize("cp, order", list(product([1, 3, 4], ORDERS)))
+def test_documents_forget_states_whose_channels_decay_apart(cp, order):
+    for edges in (DOCUMENTS, [0, 33, 66, 130]):
+        for errors, *_ in pool(cp).run(scan_case, cp, S=130, B=1, order=order, edges=edges, by_channel=True):
+            assert max(errors) <= 1e-12
+
+
+@pytest.mark.parametrize("N, K, P, H", [(1, 1, 1, 1), (4, 4, 8, 8), (6, 1, 2, 7), (6, 3, 16, 1)])
+def test_channels_of_any_number(N, K, P, H):
+    """H = 1 with one head: Mamba's diagonal states of one channel of its inner width."""
+    for errors, *_ in pool(2).run(scan_case, 2, S=70, N=N, K=K, P=P, H=H, by_channel=True):
+        assert max(errors) <= 1e-12
+
+
+@pytest.mark.parametrize("edges", [None, DOCUMENTS])
+@pytest.mark.parametrize("decay, dtype, bound", [(30.0, torch.float32, 2e-6), (300.0, torch.float64, 1e-12),
+                                                 (0.25, torch.bfloat16, 4e-3)])  # fmt: skip
+def test_strong_decays_of_channels_overflow_nowhere(edges, decay, dtype, bound):
+    """exp of the decays of a block of 16, turned round, is beyond float32, and float64."""
+    how = {"S": 130, "B": 1, "edges": edges, "decay": decay, "dtype": dtype, "by_channel": True}
+    for errors, *_ in pool(2).run(scan_case, 2, **how):
+        assert max(errors) <= bound
+
+
+@pytest.mark.parametrize("order, chunks", [("head_tail", 2), ("contiguous", 1)])
+def test_bytes_of_decays_of_channels(order, chunks):
+    B, N, P, H, cp = 2, 4, 3, 5, 3
+    number = cp * chunks * B * N * 8
+    for S in (48, 4 * 48):
+        for _, forward, backward in pool(cp).run(scan_case, cp, S=S, order=order, by_channel=True):
+            assert forward == {("all_gather", "state"): (1, number * (P * H + P))}
+            assert backward == {("all_gather", "dstate"): (1, number * P * H)}
+
+
 @pytest.mark.parametrize("cp, order, S", list(product([1, 2, 3, 4], ORDERS, LENGTHS)))
 def test_a_convolution_equals_torchs(cp, order, S):
     for width in (1, 2, 4, 7):  # 7 reaches over several chunks of few tokens
@@ -127,7 +167,7 @@ def _misuse(what):
         ("v", "v=(1, 8, 3, 5)"),
         ("log_decay", "log_decay=(1, 8, 2)"),
         ("q", "q=(8, 2, 3)"),
-        ("dims", "one number a head"),
+        ("dims", "one for each row of its state, (1, 8, 4, 3)"),
         ("dtype", "k=torch.float32"),
         ("length", "seq_len=40"),
         ("x", "x=(1, 8, 2, 3)"),

@@ -27,6 +27,9 @@ MODELS = {
     "windows": {"windows": (4, 0), "n_heads": 6, "n_kv_heads": 3, "d_model": 48},
     "short-windows": {"windows": (3,), "sinks": True},
     "alibi": {"positions": "alibi", "softcap": 3.0},
+    "hybrid": {"layers": "sa", "scan_heads": 4, "scan_state": 6, "scan_groups": 2},
+    "spade": {"layers": "ba", "windows": (3,), "scan_heads": 4, "scan_state": 6, "conv_width": 3},
+    "scans": {"layers": "s", "scan_heads": 4, "scan_state": 6, "conv_width": 7},
     "learned": {"positions": "learned", "tie_embeddings": False, "norm": "layernorm", "mlp": "gelu"},
 }
 
@@ -84,6 +87,19 @@ def test_rows_of_a_batch_and_of_data_parallel_ranks():
     for found, z, _ in pool(4).run(generated, 2, "gqa", 7, "head_tail", 3, 2):
         assert torch.equal(found, tokens)
         assert ((z - logits).norm() / logits.norm()) <= 1e-10
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_collectives_of_a_scan_are_of_the_prompt_alone(cp):
+    """Its state and last tokens are summed up once; then nothing but the token travels."""
+    B, N, H, P, S = 2, 4, 16, 6, 13
+    C, chunks = N * H + 2 * P, 2 * cp
+    for _, _, rows in pool(cp).run(generated, cp, "scans", S, "head_tail", B):
+        found = {(kind, purpose): (calls, size) for kind, purpose, calls, size in rows}
+        assert set(found) == {("all_gather", "state"), ("all_reduce", "state"), ("all_to_all", "halo"),
+                              ("all_reduce", "logits"), ("broadcast", "token")}  # fmt: skip
+        assert found["all_gather", "state"] == (2 * LAYERS, LAYERS * B * chunks * N * (P * H + 2) * 8)
+        assert found["all_reduce", "state"] == (2 * LAYERS, LAYERS * B * (N * P * H + 6 * C) * 8)
 
 
 @pytest.mark.parametrize("cp", [2, 4])

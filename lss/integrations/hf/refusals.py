@@ -26,8 +26,8 @@ _LAYERS = {"full_attention", "sliding_attention", "attention", "dense", "sparse"
 _SCANNED = {"linear_attention", "mamba"}
 # classes whose names say that they mix tokens, or choose among them, outside of plain attention
 _MIXERS = re.compile(
-    r"(?i:mamba|rwkv|rglru|recurrent|linear_?attention|lightning|delta_?net|gateddelta|short_?conv|hyena|retention|"
-    r"time_?mix|token_?shift|mlstm|slstm|indexer|engram)|SSM"
+    r"(?i:mamba|rwkv|rglru|recurrent|linear_?attention|lightning|delta_?(?:net|attention|rule)|gateddelta|short_?conv|hyena|"
+    r"retention|time_?mix|token_?shift|mlstm|slstm|indexer|engram)|SSM"
 )
 _MIXING_LAYERS = (
     nn.RNNBase, nn.ZeroPad1d, nn.ZeroPad2d, nn.Unfold, nn.modules.batchnorm._BatchNorm,

@@ -1,0 +1,268 @@
+"""flash-linear-attention's Triton kernels (PyPI `fla-core`, optional) for the recurrence of bfloat16 on a GPU.
+
+States from block to block, outputs and dv are its kernels', called with explicit backward; dq, dk and the gradient of the
+decays are matrix products of plain torch in bfloat16. Its kernel of these three (`chunk_bwd_dqkwg`) is refused by itself
+on Hopper GPUs under Triton 3.4 to 3.7.0, which torch comes with: it is compiled wrongly there.
+
+A chunk is computed a section of blocks at a time, so that memory does not grow with its length: states of every block
+exist of one section only, and one state a section is kept until backward. A document begins by a decay of 2^RESET, which
+is 0 in float32; its kernels then need not know of documents (`block_sums`).
+
+Source: https://github.com/fla-org/flash-linear-attention, MIT; `fla.ops.common.chunk_h` and `chunk_o`, version 0.6.0: g is
+the running sum of log decays inside blocks of 64, in powers of 2.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from lss.kernels.scan_blocks import BLOCK, Passing
+from lss.segment import Segment
+
+# powers of 2 that are 0 in float32: of a document's beginning, and the least decay of a token that is told from 0
+RESET, LEAST = -200.0, -150.0
+# what decays are rounded to in blocks where a document begins; sums of a block's 64 RESETs are exact in float32 with it
+GRID = 2.0**-10
+# numbers of state in a section's blocks, over all rows and heads: 128 MiB of them
+SECTION = 1 << 26
+
+
+@cache
+def installed() -> str | None:
+    """The version of fla-core, or None where it is not installed."""
+    try:
+        return version("fla-core") if find_spec("fla") is not None and find_spec("triton") is not None else None
+    except PackageNotFoundError:
+        return None
+
+
+def why_not() -> str | None:
+    """Why its kernels cannot be called here, or None where they can."""
+    found = installed()
+    if found is None:
+        return "fla-core is not installed; pip install 'lss-transformer[fla]'"
+    if found.split(".")[:2] != ["0", "6"]:
+        return f"it calls functions of fla-core 0.6, which the installed {found} may have changed"
+    return None
+
+
+class _Functions(NamedTuple):
+    states: Any
+    outputs: Any
+    states_gradient: Any
+    dv: Any
+
+
+@cache
+def _functions() -> _Functions:
+    # imported at first use: it takes seconds, and compiles kernels as they are asked for
+    from fla.ops.common.chunk_h import chunk_bwd_dh, chunk_fwd_h
+    from fla.ops.common.chunk_o import chunk_bwd_dv, chunk_fwd_o
+
+    return _Functions(chunk_fwd_h, chunk_fwd_o, chunk_bwd_dh, chunk_bwd_dv)
+
+
+@lru_cache(maxsize=16)
+def _places(segment: Segment, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(first tokens of documents (T,), chunks that none begins in (M,), padding (T,)) on the device; None: none to mark."""
+    positions, padding = segment.positions, segment.positions >= segment.seq_len
+    begins = None
+    if segment.edges or segment.cp > 1:
+        begins = (segment.document_positions == 0) | (positions == segment.seq_len)
+    through = None if begins is None else ~begins.view(len(segment.chunks), -1).any(1)
+    masks = (begins, through, padding if bool(padding.any()) else None)
+    first, through, padding = (None if x is None else x.to(device) for x in masks)
+    return first, through, padding
+
+
+class _Rows:
+    """A call's tensors with a row for each chunk of each sequence, and what its kernels take of a section of them.
+
+    Shape letters beside the library's: X rows, L tokens of a row, l tokens of a section.
+    """
+
+    def __init__(self, q, k, v, g, segment: Segment) -> None:
+        self.chunks = len(segment.chunks)
+        self.begins, self.through, self.padding = _places(segment, q.device)
+        g = g.float()
+        if self.begins is not None:
+            g = g.masked_fill(self.begins[:, None], 0.0)
+        self.q, self.k, self.v, self.g = (self.cut(x) for x in (q, k, v, g))
+        self.share = v.shape[2] // q.shape[2]
+        X, L, N, H = self.v.shape
+        self.state = (X, N, q.shape[3], H)
+        length = BLOCK * max(1, SECTION // math.prod(self.state))
+        if self.begins is not None:
+            self.begins = self.begins.view(self.chunks, -1).repeat(X // self.chunks, 1)
+        self.sections = [slice(at, min(at + length, L)) for at in range(0, L, length)]
+
+    def cut(self, x_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T, ...) as (X, L, ...)."""
+        return x_BT.reshape(x_BT.shape[0] * self.chunks, -1, *x_BT.shape[2:])
+
+    def back(self, x_XL: torch.Tensor) -> torch.Tensor:
+        """The inverse of `cut`."""
+        return x_XL.reshape(-1, self.chunks * x_XL.shape[1], *x_XL.shape[2:])
+
+    def by_chunk(self, x_X: torch.Tensor) -> torch.Tensor:
+        """(X, ...) as (B, M, ...)."""
+        return x_X.unflatten(0, (-1, self.chunks))
+
+    def decay(self) -> torch.Tensor:
+        """What is left behind each chunk of the state that enters it: (B, M, N), 0 where a document begins in it."""
+        decay = self.by_chunk(self.g.sum(1).exp())
+        return decay if self.through is None else decay * self.through[:, None]
+
+    def of(self, at: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v, and the running sums of decays in blocks, in powers of 2, of a section."""
+        q, k, v = (x[:, at].contiguous() for x in (self.q, self.k, self.v))
+        return q, k, v, block_sums(self.g[:, at], None if self.begins is None else self.begins[:, at])
+
+    def wide(self, x_XlKP: torch.Tensor) -> torch.Tensor:
+        """Queries or keys of every head of v."""
+        return x_XlKP if self.share == 1 else x_XlKP.repeat_interleave(self.share, 2)
+
+    def zeros(self) -> torch.Tensor:
+        """A state that holds nothing. Always given: with and without are two kernels to compile, and to tune."""
+        return self.q.new_zeros(self.state, dtype=torch.float32)
+
+    def states(self, k, v, sums, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state before each block of a section (X, blocks, N, P, H), in k's dtype, and that behind it, in float32."""
+        return _functions().states(self.wide(k), v, g=sums, h0=state, output_final_state=True, chunk_size=BLOCK)
+
+    def leaving(self, q, dy, sums, behind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient of the state that leaves each block, and of that which enters the section, in float32.
+
+        Args:
+            behind: that of the state that leaves the section.
+        """
+        q = self.wide(q)
+        # h0: where there is one, its gradient is computed; its numbers are not read
+        return _functions().states_gradient(q, q, dy, dy, h0=behind, dht=behind, scale=1.0, g=sums, chunk_size=BLOCK)
+
+
+def block_sums(g_XlN: torch.Tensor, begins_Xl: torch.Tensor | None) -> torch.Tensor:
+    """The running sum of log decays in each block, in powers of 2; where a document begins, RESET below all before.
+
+    What a document computes is differences of these. So that they have not a bit of the documents before, sums go from each
+    document's first token, and in blocks where one begins they are rounded to GRID, which makes adding what came before, and
+    taking it away again, exact.
+
+    Args:
+        g_XlN: log decays, 0 at documents' first tokens.
+        begins_Xl: documents' first tokens; None: there are none.
+    """
+    length = g_XlN.shape[1]
+    fill = -length % BLOCK
+    g = F.pad(g_XlN / math.log(2.0), (0, 0, 0, fill)).unflatten(1, (-1, BLOCK))
+    if begins_Xl is None:
+        return g.cumsum(2).flatten(1, 2)[:, :length].contiguous()
+    begins = F.pad(begins_Xl, (0, fill)).unflatten(1, (-1, BLOCK))[..., None]
+    sums, barred, step = g.clamp_min(LEAST), begins, 1
+    while step < BLOCK:
+        sums = sums + F.pad(sums[:, :, :-step], (0, 0, step, 0)).masked_fill(barred, 0.0)
+        barred = barred | F.pad(barred[:, :, :-step], (0, 0, step, 0))
+        step *= 2
+    sums = torch.where(begins.any(2, keepdim=True), (sums / GRID).round() * GRID, sums)
+    before = torch.where(begins, F.pad(sums[:, :, :-1], (0, 0, 1, 0)) + RESET, 0.0).cumsum(2)
+    return (sums + before).flatten(1, 2)[:, :length].contiguous()
+
+
+def forward(q, k, v, g, segment: Segment, passing: Passing | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (B, T, N, H), and the states that enter the sections of each chunk (sections, X, N, P, H), in float32.
+
+    Memory while it computes: a section's states, and its q, k, v where there are several.
+    """
+    with torch.cuda.device(q.device):
+        rows = _Rows(q, k, v, g, segment)
+        entering = rows.zeros()
+        if passing is not None:
+            end = entering
+            for at in rows.sections:
+                _, k_s, v_s, sums = rows.of(at)
+                _, end = rows.states(k_s, v_s, sums, end)
+            entering = passing.forward(rows.decay(), rows.by_chunk(end))().flatten(0, 1).contiguous()
+        kept, out = [], torch.empty_like(rows.v)
+        for at in rows.sections:
+            q_s, k_s, v_s, sums = rows.of(at)
+            kept.append(entering)
+            h, entering = rows.states(k_s, v_s, sums, entering)
+            out[:, at] = _functions().outputs(q_s, k_s, v_s, h, g=sums, scale=1.0, chunk_size=BLOCK)
+        y = rows.back(out)
+        return y if rows.padding is None else y.masked_fill_(rows.padding[:, None, None], 0.0), torch.stack(kept)
+
+
+def backward(dy, q, k, v, g, states, segment: Segment, passing: Passing | None) -> tuple[torch.Tensor, ...]:
+    """(dq, dk, dv, dg), each in its input's dtype.
+
+    Memory while it computes: a section's states and their gradients, and a few times its scores, X N l C, in float32.
+    """
+    with torch.cuda.device(q.device):
+        rows = _Rows(q, k, v, g, segment)
+        dy = dy.to(v.dtype)
+        dy = rows.cut(dy if rows.padding is None else dy.masked_fill(rows.padding[:, None, None], 0.0))
+        behind = rows.zeros()
+        if passing is not None:
+            for at in reversed(rows.sections):
+                q_s, _, _, sums = rows.of(at)
+                _, behind = rows.leaving(q_s, dy[:, at].contiguous(), sums, behind)
+            behind = passing.backward(rows.by_chunk(behind))().flatten(0, 1).contiguous()
+        grads = [torch.empty_like(x) for x in (rows.q, rows.k, rows.v, rows.g)]
+        for number, at in reversed(list(enumerate(rows.sections))):
+            q_s, k_s, v_s, sums = rows.of(at)
+            dy_s = dy[:, at].contiguous()
+            h, _ = rows.states(k_s, v_s, sums, states[number])
+            dh, behind = rows.leaving(q_s, dy_s, sums, behind)
+            dv = _functions().dv(q_s, k_s, dy_s, dh, g=sums, scale=1.0, chunk_size=BLOCK)
+            dq, dk, dg = section_gradients(q_s, k_s, v_s, sums, dy_s, h, dh)
+            for grad, part in zip(grads, (dq, dk, dv, dg), strict=True):
+                grad[:, at] = part
+        dq, dk, dv, dg = (rows.back(grad) for grad in grads)
+        return dq, dk, dv, dg.to(g.dtype)
+
+
+def section_gradients(q, k, v, sums, dy, h, dh) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dg of a section, as `lss.kernels.scan_blocks` has them, by matrix products in the inputs' dtype.
+
+    Args:
+        q, k: (X, l, K, P); v, dy: (X, l, N, H).
+        sums: (X, l, N), of `block_sums`.
+        h, dh: (X, blocks, N, P, H), the state before each block and the gradient of the state behind it.
+    """
+    length, K = q.shape[1:3]
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        """(X, l, n, f) as (X, Z, K, n / K, C, f)."""
+        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        return x.transpose(2, 3).unflatten(2, (K, -1))
+
+    def back(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :length]
+
+    # the last block is filled up with tokens that decay nothing
+    sums = torch.cat((sums, sums[:, -1:].expand(-1, -length % BLOCK, -1)), 1)
+    q, k, v, dy, c = cut(q)[:, :, :, 0], cut(k)[:, :, :, 0], cut(v), cut(dy), cut(sums[..., None])[..., 0]
+    h, dh = (x.unflatten(2, (K, -1)).to(q.dtype) for x in (h, dh))
+    last = c[..., -1]
+    dy_into, v_out = ((x * of.exp2()[..., None]).to(x.dtype) for x, of in ((dy, c), (v, last[..., None] - c)))
+    upper = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu()
+    # gradients of the scores, with their decays
+    weighted = (c[..., :, None] - c[..., None, :]).masked_fill_(~upper.T, float("-inf")).exp2_()
+    weighted *= dy @ v.transpose(-1, -2)
+    pairs = ((q @ k.transpose(-1, -2))[:, :, :, None] * weighted).to(q.dtype)
+    dg = (upper.to(q.dtype) @ pairs).masked_fill_(upper, 0.0).sum(-1, dtype=torch.float32)
+    dscores = weighted.sum(3).to(q.dtype)
+    dq = (dscores @ k).float() + torch.einsum("xzkrch,xzkrph->xzkcp", dy_into, h)
+    dk = (dscores.transpose(-1, -2) @ q).float() + torch.einsum("xzkrch,xzkrph->xzkcp", v_out, dh)
+    read = (dy_into.float() * torch.einsum("xzkcp,xzkrph->xzkrch", q, h)).sum(-1)
+    written = (v_out.float() * torch.einsum("xzkcp,xzkrph->xzkrch", k, dh)).sum(-1)
+    passed = last.exp2() * (h.float() * dh).sum((-1, -2))
+    dg += read.flip(-1).cumsum(-1).flip(-1) + F.pad(written.cumsum(-1)[..., :-1], (1, 0)) + passed[..., None]
+    return back(dq[:, :, :, None]), back(dk[:, :, :, None]), back(dg[..., None])[..., 0]

@@ -26,12 +26,20 @@ BUCKET_BYTES = 25 << 20
 
 @dataclass(eq=False)
 class _Bucket:
-    """Parameters whose gradients travel together."""
+    """Parameters whose gradients travel together.
+
+    They are not held: torch holds a parameter's hooks where Python's garbage collector does not look, so that a hook which
+    leads back to its parameter would keep the model's weights and gradients for good.
+    """
 
     comm: Communicator
-    parameters: list[nn.Parameter] = field(default_factory=list)
+    held: list[weakref.ref[nn.Parameter]] = field(default_factory=list)
     arrived: set[int] = field(default_factory=set)
     pending: Pending[torch.Tensor] | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for ref in self.held if (p := ref()) is not None]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,7 +107,7 @@ class GradSync:
     def _launch(self, *, only_full: bool) -> None:
         while self._next < len(self._buckets):
             bucket = self._buckets[self._next]
-            if only_full and len(bucket.arrived) < len(bucket.parameters):
+            if only_full and len(bucket.arrived) < len(bucket.held):
                 return
             bucket.pending = bucket.comm.all_reduce(_pack(bucket), "gradients")
             self._next += 1
@@ -148,7 +156,7 @@ def _fill(parameters: Sequence[nn.Parameter], comm: Communicator, bucket_bytes: 
         if bucket is None or filled + size > bucket_bytes:
             bucket, filled = _Bucket(comm), 0
             buckets.append(bucket)
-        bucket.parameters.append(parameter)
+        bucket.held.append(weakref.ref(parameter))
         open_buckets[key] = (bucket, filled + size)
     return buckets
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 import lss
 from lss.comm import Communicator, count_collectives
+from lss.model import Transformer
 from lss.parallel.grad_sync import GradSync
+from tests.distributed.model_cases import model_config
 from tests.distributed.pool import mesh, pool
 
 
@@ -95,3 +100,24 @@ def test_sums_by_hand_for_a_model_of_ones_own(ranks):
     for error, same_absence, *_ in pool(ranks).run(_sync, ranks, 0, 2, True):
         assert error <= 1e-13
         assert same_absence
+
+
+def _left_behind(ranks, strategy):
+    """Which of a model, its first weight, gradient and optimizer state outlive the last name for them."""
+    torch.manual_seed(0)
+    model = lss.parallelize(Transformer(model_config(), 24), mesh(ranks), strategy=strategy)
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.randint(0, 10, (1, 24))
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    weight = next(iter(model.parameters()))
+    refs = [weakref.ref(x) for x in (model, weight, weight.grad, optimizer.state[weight]["exp_avg"])]
+    del model, optimizer, weight
+    gc.collect()
+    return [ref() is not None for ref in refs]
+
+
+@pytest.mark.parametrize("strategy", ["lss", "tp"])
+def test_a_model_that_is_let_go_leaves_nothing_behind(strategy):
+    """In a process that makes one model after another, as benches do, each would keep its weights' and gradients' memory."""
+    assert pool(2).run(_left_behind, 2, strategy) == [[False] * 4] * 2

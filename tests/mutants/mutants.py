@@ -664,4 +664,25 @@ MUTANTS = (
         "mask = None",
         ("tests/integrations/test_hf_hybrid.py::test_every_class_equals_transformers",),
     ),
+    Mutant(
+        "queries behind the keys at hand are given a window of more than these keys",
+        "lss/segment/blocks.py",
+        "if 0 < right < n - 1 and (left >= m - 1 or right >= m):",
+        "if False:",
+        ("tests/segment/test_blocks.py",),
+    ),
+    Mutant(
+        "a hook holds the parameters whose gradients it sums",
+        "lss/parallel/grad_sync.py",
+        "bucket.held.append(weakref.ref(parameter))",
+        "bucket.held.append(lambda parameter=parameter: parameter)",
+        ("tests/distributed/test_grad_sync.py::test_a_model_that_is_let_go_leaves_nothing_behind",),
+    ),
+    Mutant(
+        "keys that are many are kept on a GPU",
+        "lss/context_parallel/__init__.py",
+        "return not (small and (",
+        "return not (not small and (",
+        ("tests/distributed/test_lean.py::test_keys_that_are_few_are_kept_on_a_gpu",),
+    ),
 )

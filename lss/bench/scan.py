@@ -189,7 +189,7 @@ class ScanCell(Cell):
     def make_data(self) -> None:
         """Random tensors of every layer, and the truth of those that are checked."""
         self._checked = min(self.tokens, self.plan.check_upto)
-        for layer in dict.fromkeys(run.candidate.layer for run in self.runs):
+        for layer in dict.fromkeys(_layered(run).layer for run in self.runs):
             for tokens in {self.tokens, self._checked}:
                 self._given[layer, "whole", tokens] = drawn(self.plan, layer, tokens, self.clock.device)
             checked = self._given[layer, "whole", self._checked]
@@ -209,7 +209,7 @@ class ScanCell(Cell):
 
     def prepare(self, run: Run) -> None:
         """Give a run its step; where its sequence is too long to be checked, check it on a shorter one."""
-        candidate = run.candidate
+        candidate = _layered(run)
         if self._checked < self.tokens:
             shorter = self.given(candidate.layer, candidate.order, self._checked)
             run.sums = self._squared_errors(run, shorter, _step(candidate, shorter)())
@@ -218,13 +218,13 @@ class ScanCell(Cell):
     def check(self, run: Run, results: tuple[torch.Tensor, ...]) -> None:
         """Hold results to the truth, where the cell's own length is checked."""
         if self._checked == self.tokens:
-            given = self.given(run.candidate.layer, run.candidate.order, self.tokens)
+            given = self.given(_layered(run).layer, run.candidate.order, self.tokens)
             run.sums = self._squared_errors(run, given, results)
 
     def _squared_errors(self, run: Run, given: Given, results: tuple[torch.Tensor, ...]) -> list[float]:
         """[||found - exact||^2, ||exact||^2] of each of NAMES over this rank's tokens; 0 and 0 for what is not there."""
         true, sums = given.places < given.seq_len, [0.0] * (2 * len(NAMES))
-        for i, (found, exact) in enumerate(zip(results, self._truth[run.candidate.layer], strict=True)):
+        for i, (found, exact) in enumerate(zip(results, self._truth[_layered(run).layer], strict=True)):
             mine, wanted = found.detach()[:, true].double(), exact[:, given.places[true]]
             sums[2 * i : 2 * i + 2] = float((mine - wanted).square().sum()), float(wanted.square().sum())
         return sums
@@ -238,7 +238,7 @@ class ScanCell(Cell):
     def measured(self, run: Run, ideal: float | None) -> Row:
         """What a row says beside its identity; the ideal is of the same layer."""
         known: Row = {"status": run.status, "ideal_ms": None}
-        alike = [r for r in self.runs if r.candidate.layer == run.candidate.layer and r.candidate.order == "whole"]
+        alike = [r for r in self.runs if _layered(r).layer == _layered(run).layer and r.candidate.order == "whole"]
         whole = [statistics.median(r.times) for r in alike if r.ok and r.times]
         if whole and run.candidate.order != "whole":
             known["ideal_ms"] = round(min(whole) / self.clock.comm.size, 4)
@@ -251,6 +251,12 @@ class ScanCell(Cell):
             "ms": round(ms, 4), "spread": round(spread_of(run.times), 4), "rounds": len(run.times),
             "tokens_per_s": round(1e3 * self.plan.batch * self.tokens / ms, 1),
         }  # fmt: skip
+
+
+def _layered(run: Run) -> LayerCandidate:
+    """The run's candidate, which is of a kind of layer here."""
+    assert isinstance(run.candidate, LayerCandidate)
+    return run.candidate
 
 
 def layer_candidates(plan: ScanPlan, layer: str, clock: Clock) -> list[LayerCandidate]:
@@ -288,7 +294,8 @@ def _call(plan: ScanPlan, layer: str, kernel: str, order: str, comm: Any) -> Cal
         cut = {"segment": make_segment(tokens, cp=comm.size, rank=comm.rank, order=order), "comm": comm}
         if layer == SCAN:
             return cut_scan(*leaves, **cut, kernel=kernel)
-        return attend(*leaves, plan.rules(layer), **cut, options=AttentionOptions(kernel=kernel))
+        q, k, v = leaves
+        return attend(q, k, v, plan.rules(layer), **cut, options=AttentionOptions(kernel=kernel))
 
     return of
 

@@ -104,7 +104,10 @@ class QuickFakes(FakeTensorMode):
                 whole = x.untyped_storage().nbytes() == (last + 1 if x.numel() else 0) * x.element_size()
                 if x.storage_offset() or not alone or not whole:
                     return None
-            made.append((source, x.dtype, shape, stride, x.storage_offset(), x.fake_device))
+            offset = x.storage_offset()
+            if not isinstance(offset, int):
+                return None
+            made.append((source, x.dtype, shape, stride, offset, x.fake_device))
         return several, made
 
     def _make(

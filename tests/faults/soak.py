@@ -205,7 +205,7 @@ class Soak:
         return fault
 
     def trains(self) -> bool:
-        """Whether the run of this start has written a step. SIGUSR1 ends a process that has not begun to read its program."""
+        """Whether this start has written a step: SIGUSR1 ends a process that has not begun to read its program."""
         metrics = self.out / "metrics.jsonl"
         return metrics.exists() and metrics.stat().st_mtime > self.launched
 

@@ -157,8 +157,9 @@ SOFTCAPPED = "flash4" if flash4.installed() else "flex"
 
 @pytest.mark.parametrize(
     "features, dtype, expected",
-    [({"mask_mod"}, torch.bfloat16, "flex"), ({"softcap"}, torch.float16, SOFTCAPPED), ({"alibi_slopes"}, torch.float32, "flex"),
-     ({"softcap"}, torch.float64, "tiled"), ({"dropout_p"}, torch.bfloat16, "tiled")],
+    [({"mask_mod"}, torch.bfloat16, "flex"), ({"softcap"}, torch.float16, SOFTCAPPED),
+     ({"alibi_slopes"}, torch.float32, "flex"), ({"softcap"}, torch.float64, "tiled"),
+     ({"dropout_p"}, torch.bfloat16, "tiled")],
 )  # fmt: skip
 def test_auto_takes_flex_for_what_the_fused_kernels_lack(features, dtype, expected):
     assert pick_kernel("auto", torch.empty(1, 1, 1, 64, dtype=dtype, device="cuda"), features).name == expected

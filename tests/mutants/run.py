@@ -56,7 +56,8 @@ def survives(folder: Path, mutant: Mutant) -> bool:
     plant(tree, mutant)
     survived, summary = run_tests(tree, mutant.tests)
     shutil.rmtree(tree)
-    print(f"{'SURVIVED' if survived else 'caught':9} {mutant.name} ({time.monotonic() - started:.0f} s) {summary}", flush=True)
+    word = "SURVIVED" if survived else "caught"
+    print(f"{word:9} {mutant.name} ({time.monotonic() - started:.0f} s) {summary}", flush=True)
     return survived
 
 

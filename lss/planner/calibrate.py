@@ -64,7 +64,7 @@ class Bench:
             name, float(memory), peak_flops(name) or max(matrices, best), matrices, attention, self._bandwidth(), link,
             min(link, UNKNOWN_NETWORK), self.comm.size, UNKNOWN_WATTS[kind], host, True,
             f"measured on this machine by lss plan --calibrate; {alone}the network and power are guesses",
-            host_link=self._host_link() if kind == "cuda" else HOST_LINK, start=start,
+            host_link=self._host_link() if kind == "cuda" else HOST_LINK, start=start, cpu=kind == "cpu",
         )  # fmt: skip
 
     # -- rates ---------------------------------------------------------------------------------------------------------

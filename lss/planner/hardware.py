@@ -9,7 +9,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lss.config import show
@@ -42,6 +42,7 @@ class Hardware:
             chooses (NVIDIA/nccl, src/graph/tuning.cc: ring, simple protocol, NVLink and network). RCCL began as NCCL; that
             AMD's devices are alike is a guess.
         host_link: bytes/s between a device and pinned memory of its host, each way.
+        cpu: whether it is one, whose kernels and tiles plans then have, and whose memory is its host's.
         start, hop, network_hop: seconds until a collective begins, and that a message takes to the next device of the host
             and of another host.
     """
@@ -63,6 +64,7 @@ class Hardware:
     start: float = 8.4e-6
     hop: float = 3.4e-6
     network_hop: float = 14e-6
+    cpu: bool = False
 
 
 def _unmeasured(name: str, gib: float, peak: float, bandwidth: float, link: float, network: float, per_host: int,
@@ -93,6 +95,13 @@ HARDWARE = {
                         "three, two 100 Gb/s ports and 512 GB a node (OLCF user guide)"),
     "mi300x": _unmeasured("MI300X 192GB", 191.5, 1307, 5300, 50, 50, 8, 750, 250,
                           "AMD's data sheet of MI300X; a host of 2 TB is a guess"),
+    # 96 cores x 2.4 GHz x 32 FLOP of float32 a cycle
+    "cpu": replace(
+        _unmeasured("CPU, a socket of 96 cores", 384.0, 7.37, 461, 64, 12.5, 2, 360, 0.0,
+                    "AMD's data sheet of EPYC 9654 (float32; 12 channels of DDR5-4800); 384 GiB, the link between sockets and "
+                    "the network are guesses"),
+        cpu=True,
+    ),
 }  # fmt: skip
 
 

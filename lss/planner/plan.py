@@ -89,7 +89,8 @@ def make_plan(config: Config, hardware: Hardware, traces: Traces | None = None) 
     config = replace(config, data=replace(config.data, packing=False))
     per_host = min(hardware.per_host, _ranks(config))
     step = step_drawn(
-        config, granularity=GRANULARITY, memory=int(hardware.memory), ranks_per_node=per_host, traces=traces
+        config, granularity=1 if hardware.cpu else GRANULARITY, memory=None if hardware.cpu else int(hardware.memory),
+        ranks_per_node=per_host, traces=traces,
     )
     peak, calls, cp = step.peak, step.collectives, config.parallel.cp
     assert isinstance(cp, int)

@@ -15,7 +15,7 @@ from lss.planner.hardware import Hardware
 
 FORMAT = 1
 MOST_BYTES = 1 << 20
-_NAMES, _FLAGS, _COUNTS = ("name", "source"), ("measured",), ("per_host",)
+_NAMES, _FLAGS, _COUNTS = ("name", "source"), ("measured", "cpu"), ("per_host",)
 
 
 def save_profile(hardware: Hardware, path: Path, facts: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -51,14 +52,25 @@ def test_time_and_memory_of_a_step_on_two_gpus(model, tokens):
 def test_a_gpu_keeps_the_keys_of_a_short_sequence():
     """As a run there would choose by its whole length, which no trace has."""
 
-    def calls(tokens: int, *more: str) -> int:
+    def calls(tokens: int, *more: str, on: str = "h100") -> int:
         config = load_config(str(ROOT / "configs/llama-1b.toml"), [f"data.seq_len={tokens}", "model.n_layers=3", *more])
-        return make_plan(config.resolved(2), HARDWARE["h100"]).calls["kv"]
+        return make_plan(config.resolved(2), HARDWARE[on]).calls["kv"]
 
     assert calls(1 << 16) == 3  # 8 heads of 64: 128 MiB
     assert calls((1 << 16) + 2) == 6
     assert calls(1 << 16, "parallel.regather=true") == 6
     assert calls((1 << 16) + 2, "parallel.regather=false") == 3
+    assert calls(1 << 12, on="cpu") == 6
+
+
+def test_a_cpu_is_planned_with_its_own_kernels_and_memory():
+    config = load_config(None, [*SMALL, "train.dtype=bfloat16", "data.seq_len=4096", "memory.checkpointing=full"]).resolved(2)
+    plan, here = make_plan(config, HARDWARE["cpu"]), step_drawn(config)
+    assert plan.peak == here.peak
+    assert plan.peak.bytes != make_plan(config, HARDWARE["h100"]).peak.bytes
+    assert plan.fits
+    hosted = replace(config, memory=replace(config.memory, offload="host"))
+    assert not make_plan(hosted, HARDWARE["cpu"]).fits  # there is no other memory to take it
 
 
 @pytest.mark.parametrize("strategy, tokens, cp, chunks", [

@@ -98,8 +98,8 @@ HARDWARE = {
     # 96 cores x 2.4 GHz x 32 FLOP of float32 a cycle
     "cpu": replace(
         _unmeasured("CPU, a socket of 96 cores", 384.0, 7.37, 461, 64, 12.5, 2, 360, 0.0,
-                    "AMD's data sheet of EPYC 9654 (float32; 12 channels of DDR5-4800); 384 GiB, the link between sockets and "
-                    "the network are guesses"),
+                    "AMD's data sheet of EPYC 9654 (float32; 12 channels of DDR5-4800); 384 GiB, the link between sockets "
+                    "and the network are guesses"),
         cpu=True,
     ),
 }  # fmt: skip

@@ -64,7 +64,8 @@ def test_a_gpu_keeps_the_keys_of_a_short_sequence():
 
 
 def test_a_cpu_is_planned_with_its_own_kernels_and_memory():
-    config = load_config(None, [*SMALL, "train.dtype=bfloat16", "data.seq_len=4096", "memory.checkpointing=full"]).resolved(2)
+    overrides = [*SMALL, "train.dtype=bfloat16", "data.seq_len=4096", "memory.checkpointing=full"]
+    config = load_config(None, overrides).resolved(2)
     plan, here = make_plan(config, HARDWARE["cpu"]), step_drawn(config)
     assert plan.peak == here.peak
     assert plan.peak.bytes != make_plan(config, HARDWARE["h100"]).peak.bytes

@@ -132,7 +132,8 @@ def _add_plan(verbs: Any) -> None:
                             description="Say what a step takes, on devices that need not be here.")  # fmt: skip
     plan.add_argument("config", nargs="*", metavar="CONFIG.toml | key=value", help="as for lss train")
     plan.add_argument("--gpus", type=int, metavar="N", help="devices; sets parallel.dp, and train.batch_size to it at least")
-    plan.add_argument("--gpu", default="h100", metavar="NAME", help="h100 (default), h200, a100, v100, mi300x, cpu, or .json")
+    plan.add_argument("--gpu", default="h100", metavar="NAME",
+                      help="h100 (default), h200, a100, v100, mi300x, cpu or FILE.json")  # fmt: skip
     plan.add_argument("--price", type=float, metavar="P", help="of a device and hour, in your money")
     plan.add_argument("--tokens", type=float, metavar="T", help="say how long training on so many takes")
     question = plan.add_mutually_exclusive_group()

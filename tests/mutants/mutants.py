@@ -664,4 +664,18 @@ MUTANTS = (
         "mask = None",
         ("tests/integrations/test_hf_hybrid.py::test_every_class_equals_transformers",),
     ),
+    Mutant(
+        "memory over time has a block too many",
+        "lss/planner/curve.py",
+        "found, left = [], rounds\n",
+        "found, left = [], rounds + 1\n",
+        ("tests/planner/test_curve.py::test_what_a_block_adds_comes_again_for_each",),
+    ),
+    Mutant(
+        "a buffer of all gradients grows with one block alone",
+        "lss/planner/curve.py",
+        "return low + rounds * (_deltas(more) - low)",
+        "return low + (_deltas(more) - low)",
+        ("tests/planner/test_curve.py::test_what_grows_by_a_block_grows_by_each_and_what_is_replaced_is_there_once",),
+    ),
 )

@@ -50,7 +50,7 @@ def plan(options: argparse.Namespace) -> int:
     told = "measured" if hardware.measured else "taken from data sheets, none of them measured"
     print(f"rates: {told}; {hardware.source}")
     if picture is not None:
-        write_picture(picture, config, hardware, traces)
+        write_picture(picture, config, hardware, traces, found.peak.bytes)
     return 0 if found.fits else 1
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lss.planner import Hardware, Traces
 
 FORMS = (".svg", ".png")
+NEAR = 0.01
 
 
 def picture_file(name: str) -> Path:
@@ -30,14 +31,17 @@ def picture_file(name: str) -> Path:
     return path
 
 
-def write_picture(path: Path, config: Config, hardware: Hardware, traces: Traces) -> None:
+def write_picture(path: Path, config: Config, hardware: Hardware, traces: Traces, planned: int) -> None:
     """Draw memory over the moments of a step, from the traces that its plan took, and say where the picture is.
+
+    Where it is higher than the planned bytes by more than their `NEAR`, that is said too.
 
     Raises:
         Refused: as of `lss.planner.plan_curve`, or the file cannot be written.
     """
     from lss.planner import plan_curve
     from lss.planner.curve import ON_DEVICE
+    from lss.planner.remedies import size
     from lss.report.plots import stack_plot
 
     curve = plan_curve(config, hardware, traces)
@@ -49,3 +53,6 @@ def write_picture(path: Path, config: Config, hardware: Hardware, traces: Traces
     except OSError as error:
         raise refuse("--plot", str(path), f"cannot be written ({error.strerror}); name another file") from error
     print(f"written: {path}")
+    if curve.peak > (1 + NEAR) * planned:
+        print(f"its highest point is {size(curve.peak)}, above the plan's peak, which is drawn out from models that peak at "
+              "another moment; believe the picture")  # fmt: skip

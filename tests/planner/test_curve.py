@@ -20,6 +20,17 @@ from tests.test_house import ROOT
 LARGE = str(ROOT / "configs/llama-1b.toml")
 
 
+def test_where_a_deep_model_peaks_elsewhere_the_curve_is_a_whole_traces_and_that_is_told(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    config = load_config(LARGE, ["data.seq_len=4096"]).resolved(1)
+    ledger = Ledger(512, config.model.vocab_size)
+    whole = trace_step(replace(config, parallel=replace(config.parallel, kernel="traced")), granularity=512, ledger=ledger)
+    assert plan_curve(config, HARDWARE["h100"]).peak == pytest.approx(whole.peak.bytes, rel=0.001)
+    for tokens, told in ((4096, True), (65536, False)):
+        assert main(["plan", LARGE, f"data.seq_len={tokens}", "--plot", str(tmp_path / "memory.svg")]) == 0
+        assert ("believe the picture" in capsys.readouterr().out) == told
+
+
 def end_of(curve, name):
     """Bytes by class at the end of a part."""
     starts = [first for _, first in curve.parts] + [len(curve.live)]

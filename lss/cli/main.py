@@ -145,6 +145,7 @@ def _add_plan(verbs: Any) -> None:
     plan.add_argument("--seconds", type=float, default=600.0, metavar="T", help="of --calibrate: nothing long starts later")
     question.add_argument("--compare", action="store_true", help="every strategy, over ranks (to --gpus) and lengths")
     plan.add_argument("--out", metavar="DIR", help="with --compare: write rows, tables and plots there")
+    plan.add_argument("--plot", metavar="FILE", help="draw memory over the moments of a step, as .svg or .png")
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +234,9 @@ def _expand_segments() -> None:
 def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.out is not None and not options.compare:
         raise refuse("--out", options.out, "only --compare writes there; leave it out")
+    asked = [name for name in ("search", "longest", "fewest", "calibrate", "compare") if getattr(options, name)]
+    if options.plot is not None and asked:
+        raise refuse("--plot", options.plot, f"it draws one plan, not --{asked[0]}; leave one of the two out")
     if options.calibrate:
         from lss.cli.plan_calibrate import calibrate
 

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from lss.cli.main import split_config
+from lss.cli.plan_plot import picture_file, write_picture
 from lss.config import Config, load_config
 from lss.config.errors import refuse
 
@@ -25,12 +26,13 @@ PARTS = {
 def plan(options: argparse.Namespace) -> int:
     """Print what a config will take on so many devices; 1 where it does not fit."""
     config = planned(options)  # first: it needs no torch
+    picture = picture_file(options.plot) if options.plot is not None else None
 
-    from lss.planner import CLASSES, find_hardware, make_plan
+    from lss.planner import CLASSES, Traces, find_hardware, make_plan
     from lss.planner.remedies import remedies, size
 
-    hardware = find_hardware(options.gpu)
-    found = make_plan(config, hardware)
+    hardware, traces = find_hardware(options.gpu), Traces()
+    found = make_plan(config, hardware, traces)
     parallel = config.parallel
     print(f"{config.name} on {found.ranks:,} x {hardware.name}: cp={parallel.cp}, dp={parallel.dp}, {parallel.strategy}, "
           f"{config.train.batch_size:,} x {config.data.seq_len:,} tokens a step")  # fmt: skip
@@ -47,6 +49,8 @@ def plan(options: argparse.Namespace) -> int:
     _print_cost(found, options)
     told = "measured" if hardware.measured else "taken from data sheets, none of them measured"
     print(f"rates: {told}; {hardware.source}")
+    if picture is not None:
+        write_picture(picture, config, hardware, traces, found.peak.bytes)
     return 0 if found.fits else 1
 
 

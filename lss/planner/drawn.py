@@ -142,6 +142,33 @@ def draw(
     Raises:
         Refused: what the layout refuses.
     """
+    steps, rounds = by_depth(
+        config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces
+    )
+    if len(steps) == 1:
+        return steps[0]
+    few, more = steps
+
+    def whole(a: int, b: int) -> int:
+        return round(a + max(0, b - a) * rounds)
+
+    classes = _by_name(whole, few.peak.classes, more.peak.classes)
+    peak = replace(more.peak, bytes=whole(few.peak.bytes, more.peak.bytes), classes=classes,
+                   host=whole(few.peak.host, more.peak.host))  # fmt: skip
+    products = few.products + (more.products - few.products) * rounds
+    return Drawn(peak, products, _by_call(whole, few.collectives, more.collectives))
+
+
+def by_depth(
+    config: Config, logits: int, *, granularity: int = 1, ranks_per_node: int | None = None, kernel: str = "auto",
+    traces: Traces | None = None,
+) -> tuple[list[Drawn], float]:  # fmt: skip
+    """The steps that `draw` draws out, which takes the same arguments.
+
+    Returns:
+        the steps of models of two rounds of blocks and of three, or of the model itself where it has no more than two; and
+        how many rounds it has beyond two.
+    """
     way, blocks = _Way(logits, granularity, ranks_per_node, traces or Traces()), config.model.n_layers
     config = replace(
         config,
@@ -157,19 +184,9 @@ def draw(
     # of one block alone the peak is elsewhere: nothing of another one is kept while it is computed again
     least = 2 * round_of
     asked = [of_blocks(min(least, blocks))]
-    if blocks <= least:
-        return asked[0]()
-    asked.append(of_blocks(least + round_of))
-    (few, more), rounds = (step() for step in asked), (blocks - least) / round_of
-
-    def whole(a: int, b: int) -> int:
-        return round(a + max(0, b - a) * rounds)
-
-    classes = _by_name(whole, few.peak.classes, more.peak.classes)
-    peak = replace(more.peak, bytes=whole(few.peak.bytes, more.peak.bytes), classes=classes,
-                   host=whole(few.peak.host, more.peak.host))  # fmt: skip
-    products = few.products + (more.products - few.products) * rounds
-    return Drawn(peak, products, _by_call(whole, few.collectives, more.collectives))
+    if blocks > least:
+        asked.append(of_blocks(least + round_of))
+    return [step() for step in asked], max(0, blocks - least) / round_of
 
 
 def _by_name(of: Callable[[int, int], int], a: dict[str, int], b: dict[str, int]) -> dict[str, int]:

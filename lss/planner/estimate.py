@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from lss.config import Config
-from lss.planner.drawn import Drawn, Traces, draw
+from lss.config.errors import refuse
+from lss.planner.curve import Curve, curve_of
+from lss.planner.drawn import SHORT, Drawn, Traces, by_depth, draw
 from lss.planner.ledger import Peak
 from lss.planner.remedies import parts, remedies, size
 from lss.tiled import LOGITS_BYTES, PART_OF_GPU, tile_budget
@@ -32,12 +34,42 @@ def step_drawn(
     Raises:
         Refused: what the layout refuses.
     """
+    logits, kernel = _logits(config, device, memory), _kernel(device, memory)
+    return draw(config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces)
+
+
+def curve_drawn(
+    config: Config, *, device: torch.device | None = None, granularity: int = 1, memory: int | None = None,
+    ranks_per_node: int | None = None, traces: Traces | None = None,
+) -> Curve:  # fmt: skip
+    """Memory over the moments of the step that `step_drawn` draws, by the same arguments and from the same traces.
+
+    Raises:
+        Refused: what the layout refuses; or a length of which only the peak is drawn out, see `Drawn.ledger`.
+    """
+    logits, kernel = _logits(config, device, memory), _kernel(device, memory)
+    steps, rounds = by_depth(
+        config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces
+    )
+    ledgers = [step.ledger for step in steps if step.ledger is not None]
+    if len(ledgers) < len(steps):
+        assert isinstance(config.parallel.cp, int)
+        why = "two short lengths, of which its moments would be drawn out, do not make the same allocations"
+        up_to = 2 * SHORT * config.parallel.cp
+        raise refuse("data.seq_len", config.data.seq_len, f"{why}; up to {up_to:,} they are traced as they are")
+    return curve_of(ledgers, rounds)
+
+
+def _logits(config: Config, device: torch.device | None, memory: int | None) -> int:
+    """Bytes of a tile's logits."""
     tiles, V = config.memory.tiles, config.model.vocab_size
     budget = tile_budget(device or torch.device("cpu"), LOGITS_BYTES)
     budget = budget if memory is None else min(LOGITS_BYTES, memory // PART_OF_GPU)
-    logits = 4 * V * tiles if isinstance(tiles, int) else budget
-    kernel = "auto" if memory is None and (device is None or device.type == "cpu") else "traced"
-    return draw(config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces)
+    return 4 * V * tiles if isinstance(tiles, int) else budget
+
+
+def _kernel(device: torch.device | None, memory: int | None) -> str:
+    return "auto" if memory is None and (device is None or device.type == "cpu") else "traced"
 
 
 def estimate(config: Config, *, device: torch.device | None = None, granularity: int = 1) -> Peak:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,14 +207,25 @@ class Ledger(TorchDispatchMode):
 
     # -- what comes of it ------------------------------------------------------------------------------------------------
 
+    def changes(self) -> Iterator[tuple[str, str, str, int]]:
+        """(phase, operation, class, bytes) of all that is made; of all that ends, with its bytes below 0.
+
+        An end has no operation: in its place is the phase in which what ends was made.
+        """
+        for number, phase, operation in self._events:
+            piece = self._pieces[number if number >= 0 else ~number]
+            if number >= 0:
+                yield phase, operation, piece.label, piece.bytes
+            else:
+                yield phase, piece.phase, piece.label, -piece.bytes
+
     def timeline(self) -> list[tuple[str, int]]:
         """(phase, bytes live on the device) after each change."""
         total, line = 0, []
-        for number, phase, _ in self._events:
-            piece = self._pieces[number if number >= 0 else ~number]
-            if piece.label == "host":
+        for phase, _, label, size in self.changes():
+            if label == "host":
                 continue
-            total += piece.bytes if number >= 0 else -piece.bytes
+            total += size
             line.append((phase, total))
         return line
 
@@ -222,13 +233,12 @@ class Ledger(TorchDispatchMode):
         """The moment of most bytes."""
         live: Counter[str] = Counter()
         best, moment, total, host = 0, (Counter(), "before", ""), 0, 0
-        for number, phase, operation in self._events:
-            piece, sign = (self._pieces[number], 1) if number >= 0 else (self._pieces[~number], -1)
-            live[piece.label] += sign * piece.bytes
-            if piece.label == "host":
+        for phase, operation, label, size in self.changes():
+            live[label] += size
+            if label == "host":
                 host = max(host, live["host"])
                 continue
-            total += sign * piece.bytes
+            total += size
             over = max(0, live["logits"] - self.most_logits) if self.most_logits else 0
             if total - over > best:
                 best, moment = total - over, (live.copy(), phase, operation)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from lss.config import Config
 from lss.config.hybrid import attention_layers, state_numbers
 from lss.flops import model_flops
+from lss.planner.curve import Curve
 from lss.planner.drawn import Traces, count_chunks
-from lss.planner.estimate import step_drawn
+from lss.planner.estimate import curve_drawn, step_drawn
 from lss.planner.exchange import Collectives, seconds_of
 from lss.planner.hardware import HOST_BANDWIDTH, Hardware, attention_rate
 from lss.planner.ledger import Peak
@@ -106,6 +107,19 @@ def make_plan(config: Config, hardware: Hardware, traces: Traces | None = None) 
     flat, staged = (seconds_of(hardware, calls, cp, _KEYS.__contains__, flat=flat) for flat in (True, False))
     return Plan(peak, int(hardware.memory), seconds, step.payload, _model_flops(config), tokens, _ranks(config), hardware,
                 step.calls, flat, staged)  # fmt: skip
+
+
+def plan_curve(config: Config, hardware: Hardware, traces: Traces | None = None) -> Curve:
+    """Memory over the moments of the step that `make_plan` plans, which takes the same arguments.
+
+    Raises:
+        Refused: as of `lss.planner.estimate.curve_drawn`.
+    """
+    config = replace(config, data=replace(config.data, packing=False))
+    per_host = min(hardware.per_host, _ranks(config))
+    return curve_drawn(
+        config, granularity=GRANULARITY, memory=int(hardware.memory), ranks_per_node=per_host, traces=traces
+    )
 
 
 def attention_seconds(config: Config, hardware: Hardware) -> float:

@@ -685,4 +685,18 @@ MUTANTS = (
         "return not (not small and (",
         ("tests/distributed/test_lean.py::test_keys_that_are_few_are_kept_on_a_gpu",),
     ),
+    Mutant(
+        "memory over time has a block too many",
+        "lss/planner/curve.py",
+        "found, left = [], rounds\n",
+        "found, left = [], rounds + 1\n",
+        ("tests/planner/test_curve.py::test_what_a_block_adds_comes_again_for_each",),
+    ),
+    Mutant(
+        "a buffer of all gradients grows with one block alone",
+        "lss/planner/curve.py",
+        "return low + rounds * (_deltas(more) - low)",
+        "return low + (_deltas(more) - low)",
+        ("tests/planner/test_curve.py::test_what_grows_by_a_block_grows_by_each_and_what_is_replaced_is_there_once",),
+    ),
 )

@@ -1,0 +1,58 @@
+"""`lss plan --plot`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lss.config import Config
+from lss.config.errors import refuse
+
+if TYPE_CHECKING:
+    from lss.planner import Hardware, Traces
+
+FORMS = (".svg", ".png")
+NEAR = 0.01
+
+
+def picture_file(name: str) -> Path:
+    """Where the picture will be.
+
+    Raises:
+        Refused: another form, or a folder that is not there.
+    """
+    path = Path(name)
+    if path.suffix.lower() not in FORMS:
+        raise refuse("--plot", name, "pictures are .svg or .png; give a name that ends in one of them")
+    if not path.parent.is_dir():
+        raise refuse("--plot", name, f"there is no folder {path.parent}; make it, or name another")
+    if path.is_dir():
+        raise refuse("--plot", name, "it is a folder; name a file")
+    return path
+
+
+def write_picture(path: Path, config: Config, hardware: Hardware, traces: Traces, planned: int) -> None:
+    """Draw memory over the moments of a step, from the traces that its plan took, and say where the picture is.
+
+    Where it is higher than the planned bytes by more than their `NEAR`, that is said too.
+
+    Raises:
+        Refused: as of `lss.planner.plan_curve`, or the file cannot be written.
+    """
+    from lss.planner import plan_curve
+    from lss.planner.curve import ON_DEVICE
+    from lss.planner.remedies import size
+    from lss.report.plots import stack_plot
+
+    curve = plan_curve(config, hardware, traces)
+    layers = {name: (curve.of(name) / 2**30).tolist() for name in ON_DEVICE}
+    picture = stack_plot(layers, curve.parts, "GiB", line=(hardware.name, hardware.memory / 2**30),
+                         png=path.suffix.lower() == ".png")  # fmt: skip
+    try:
+        path.write_bytes(picture)
+    except OSError as error:
+        raise refuse("--plot", str(path), f"cannot be written ({error.strerror}); name another file") from error
+    print(f"written: {path}")
+    if curve.peak > (1 + NEAR) * planned:
+        print(f"its highest point is {size(curve.peak)}, above the plan's peak, which is drawn out from models that peak at "
+              "another moment; believe the picture")  # fmt: skip

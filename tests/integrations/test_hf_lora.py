@@ -14,7 +14,9 @@ from tests.integrations.ranks import hf_pool as pool
 from tests.integrations.train_jobs import adapter_parity, save_model, train_hf
 
 pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
-LORA = ["model.lora_rank=4", "model.lora_targets=q_proj,v_proj", "optim.lr=0.05", "train.steps=6", "checkpoint.every=3"]
+# Adam divides a gradient that is 0 but for rounding by itself and eps: with 1e-8 layouts differ by 1e-9 in a few steps.
+LORA = ["model.lora_rank=4", "model.lora_targets=q_proj,v_proj", "optim.lr=0.05", "optim.eps=1e-3", "train.steps=6",
+        "checkpoint.every=3"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, count", [("llama", 28), ("gpt2", 16)])

@@ -90,6 +90,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--disk", type=float, default=0, metavar="MB_S", help="pace writes like a disk of this speed; "
                         "give a --folder in memory with it")  # fmt: skip
     parser.add_argument("--step", type=float, default=0.5, help="seconds of forward and backward (default 0.5)")
+    parser.add_argument("--device", default="cpu", help="where weights, states and computation are (default cpu)")
     parser.add_argument("--output", default="benchmarks/results/checkpoint-cpu.jsonl")
     return parser.parse_args()
 
@@ -102,7 +103,8 @@ def main() -> None:
     if not options.threads:
         torch.set_num_threads(1)  # what a rank has on a host with a rank a core
     side = 1024
-    model = nn.ParameterList(nn.Parameter(torch.randn(side, side)) for _ in range(options.mib * 2**20 // (12 * side * side)))
+    device = torch.device(options.device)
+    model = nn.ParameterList(nn.Parameter(torch.randn(side, side, device=device)) for _ in range(options.mib * 2**20 // (12 * side * side)))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -110,12 +112,19 @@ def main() -> None:
     mesh = lss.init_mesh()
     place = Path(tempfile.mkdtemp(dir=options.folder))
     plain, kinds = save.PieceDigest, {kind: list[float]() for kind in KINDS}
-    a = torch.randn(512, 512)
+    a = torch.randn(512 if device.type == "cpu" else 8192, 512 if device.type == "cpu" else 8192, device=device)
+
+    def settled() -> None:
+        """A GPU has done what it was given."""
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     def compute(times: int) -> float:
+        settled()
         began = time.perf_counter()
         for _ in range(times):
             torch.mm(a, a)
+        settled()
         return time.perf_counter() - began
 
     times = max(1, round(options.step / min(compute(20) / 20 for _ in range(5))))
@@ -134,6 +143,7 @@ def main() -> None:
         savers[background].start(step, model, optimizer, {})
         compute(computed)
         savers[background].copied()
+        settled()  # an update comes after the copies in the order of its stream
         stalled = time.perf_counter() - began
         outcome = savers[background].wait()
         assert outcome is not None
@@ -172,6 +182,7 @@ def main() -> None:
         "stall_share_of_best": round(min(kinds["background_stall"]) / min(kinds["digest"]), 4),
         "cpu": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "torch": torch.__version__,
         "threads": torch.get_num_threads(), "step_s": options.step,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }  # fmt: skip
     print(json.dumps(row, indent=1))
     with Path(options.output).open("a") as file:

@@ -95,6 +95,13 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def weights(mib: int, device: torch.device) -> nn.ParameterList:
+    """Float32 weights that come to so much with AdamW's two states of each."""
+    side = 1024
+    count = mib * 2**20 // (12 * side * side)
+    return nn.ParameterList(nn.Parameter(torch.randn(side, side, device=device)) for _ in range(count))
+
+
 def main() -> None:
     """Measure and append one row."""
     options = parsed()
@@ -102,9 +109,8 @@ def main() -> None:
         pace(options.disk * 1e6)
     if not options.threads:
         torch.set_num_threads(1)  # what a rank has on a host with a rank a core
-    side = 1024
     device = torch.device(options.device)
-    model = nn.ParameterList(nn.Parameter(torch.randn(side, side, device=device)) for _ in range(options.mib * 2**20 // (12 * side * side)))
+    model = weights(options.mib, device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -112,12 +118,9 @@ def main() -> None:
     mesh = lss.init_mesh()
     place = Path(tempfile.mkdtemp(dir=options.folder))
     plain, kinds = save.PieceDigest, {kind: list[float]() for kind in KINDS}
-    a = torch.randn(512 if device.type == "cpu" else 8192, 512 if device.type == "cpu" else 8192, device=device)
-
-    def settled() -> None:
-        """A GPU has done what it was given."""
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    width = 8192 if device.type == "cuda" else 512
+    a = torch.randn(width, width, device=device)
+    settled = torch.cuda.synchronize if device.type == "cuda" else int  # a GPU has done what it was given
 
     def compute(times: int) -> float:
         settled()

@@ -69,17 +69,47 @@ def _functions() -> _Functions:
     return _Functions(chunk_fwd_h, chunk_fwd_o, chunk_bwd_dh, chunk_bwd_dv)
 
 
+class Marked(NamedTuple):
+    """Blocks in which a document begins, of so many rows: their numbers (b,), row after row, and first tokens (b, C)."""
+
+    rows: int
+    numbers: torch.Tensor
+    begins: torch.Tensor
+
+
+def marked_blocks(begins_XL: torch.Tensor, device: torch.device | None = None) -> Marked | None:
+    """The blocks of these rows in which a document begins, or None where none does."""
+    begins = F.pad(begins_XL, (0, -begins_XL.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).flatten(0, 1)
+    numbers = begins.any(1).nonzero()[:, 0]
+    return Marked(len(begins_XL), numbers.to(device), begins[numbers].to(device)) if len(numbers) else None
+
+
+class _Places(NamedTuple):
+    """What a segment marks, on the device; None: nothing is.
+
+    Attributes:
+        begins: documents' first tokens (T,).
+        blocks: numbers of the blocks of the chunks one after another where a document begins, and the first tokens in them.
+        through: chunks that no document begins in (M,).
+        padding: (T,).
+    """
+
+    begins: torch.Tensor | None
+    blocks: Marked | None
+    through: torch.Tensor | None
+    padding: torch.Tensor | None
+
+
 @lru_cache(maxsize=16)
-def _places(segment: Segment, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(first tokens of documents (T,), chunks that none begins in (M,), padding (T,)) on the device; None: none to mark."""
+def _places(segment: Segment, device: torch.device) -> _Places:
     positions, padding = segment.positions, segment.positions >= segment.seq_len
-    begins = None
+    begins = blocks = through = None
     if segment.edges or segment.cp > 1:
         begins = (segment.document_positions == 0) | (positions == segment.seq_len)
-    through = None if begins is None else ~begins.view(len(segment.chunks), -1).any(1)
-    masks = (begins, through, padding if bool(padding.any()) else None)
-    first, through, padding = (None if x is None else x.to(device) for x in masks)
-    return first, through, padding
+        through = ~begins.view(len(segment.chunks), -1).any(1)
+        blocks = marked_blocks(begins.view(len(segment.chunks), -1), device)
+        begins, through = (begins.to(device), through.to(device)) if blocks is not None else (None, None)
+    return _Places(begins, blocks, through, padding.to(device) if bool(padding.any()) else None)
 
 
 class _Rows:
@@ -90,17 +120,16 @@ class _Rows:
 
     def __init__(self, q, k, v, g, segment: Segment) -> None:
         self.chunks = len(segment.chunks)
-        self.begins, self.through, self.padding = _places(segment, q.device)
+        begins, blocks, self.through, self.padding = _places(segment, q.device)
         g = g.float()
-        if self.begins is not None:
-            g = g.masked_fill(self.begins[:, None], 0.0)
+        if begins is not None:
+            g = g.masked_fill(begins[:, None], 0.0)
         self.q, self.k, self.v, self.g = (self.cut(x) for x in (q, k, v, g))
         self.share = v.shape[2] // q.shape[2]
         X, L, N, H = self.v.shape
         self.state = (X, N, q.shape[3], H)
         length = BLOCK * max(1, SECTION // math.prod(self.state))
-        if self.begins is not None:
-            self.begins = self.begins.view(self.chunks, -1).repeat(X // self.chunks, 1)
+        self.sums = block_sums(self.g, blocks)
         self.sections = [slice(at, min(at + length, L)) for at in range(0, L, length)]
 
     def cut(self, x_BT: torch.Tensor) -> torch.Tensor:
@@ -122,8 +151,8 @@ class _Rows:
 
     def of(self, at: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v, and the running sums of decays in blocks, in powers of 2, of a section."""
-        q, k, v = (x[:, at].contiguous() for x in (self.q, self.k, self.v))
-        return q, k, v, block_sums(self.g[:, at], None if self.begins is None else self.begins[:, at])
+        q, k, v, sums = (x[:, at].contiguous() for x in (self.q, self.k, self.v, self.sums))
+        return q, k, v, sums
 
     def wide(self, x_XlKP: torch.Tensor) -> torch.Tensor:
         """Queries or keys of every head of v."""
@@ -148,7 +177,7 @@ class _Rows:
         return _functions().states_gradient(q, q, dy, dy, h0=behind, dht=behind, scale=1.0, g=sums, chunk_size=BLOCK)
 
 
-def block_sums(g_XlN: torch.Tensor, begins_Xl: torch.Tensor | None) -> torch.Tensor:
+def block_sums(g_XLN: torch.Tensor, marked: Marked | None) -> torch.Tensor:
     """The running sum of log decays in each block, in powers of 2; where a document begins, RESET below all before.
 
     What a document computes is differences of these. So that they have not a bit of the documents before, sums go from each
@@ -156,23 +185,26 @@ def block_sums(g_XlN: torch.Tensor, begins_Xl: torch.Tensor | None) -> torch.Ten
     taking it away again, exact.
 
     Args:
-        g_XlN: log decays, 0 at documents' first tokens.
-        begins_Xl: documents' first tokens; None: there are none.
+        g_XLN: log decays, 0 at documents' first tokens.
+        marked: of a sequence's rows, by `marked_blocks`; the next sequence's are alike. None: no document begins.
     """
-    length = g_XlN.shape[1]
-    fill = -length % BLOCK
-    g = F.pad(g_XlN / math.log(2.0), (0, 0, 0, fill)).unflatten(1, (-1, BLOCK))
-    if begins_Xl is None:
-        return g.cumsum(2).flatten(1, 2)[:, :length].contiguous()
-    begins = F.pad(begins_Xl, (0, fill)).unflatten(1, (-1, BLOCK))[..., None]
-    sums, barred, step = g.clamp_min(LEAST), begins, 1
+    X, length, N = g_XLN.shape
+    g = F.pad(g_XLN / math.log(2.0), (0, 0, 0, -length % BLOCK))
+    g = g.view(X if marked is None else X // marked.rows, -1, BLOCK, N)
+    sums = g.cumsum(2)
+    if marked is not None:
+        sums[:, marked.numbers] = _sums_of_documents(g[:, marked.numbers], marked.begins[..., None])
+    return sums.view(X, -1, N)[:, :length].contiguous()
+
+
+def _sums_of_documents(g_BbCN: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
+    sums, barred, step = g_BbCN.clamp_min(LEAST), begins, 1
     while step < BLOCK:
         sums = sums + F.pad(sums[:, :, :-step], (0, 0, step, 0)).masked_fill(barred, 0.0)
-        barred = barred | F.pad(barred[:, :, :-step], (0, 0, step, 0))
+        barred = barred | F.pad(barred[:, :-step], (0, 0, step, 0))
         step *= 2
-    sums = torch.where(begins.any(2, keepdim=True), (sums / GRID).round() * GRID, sums)
-    before = torch.where(begins, F.pad(sums[:, :, :-1], (0, 0, 1, 0)) + RESET, 0.0).cumsum(2)
-    return (sums + before).flatten(1, 2)[:, :length].contiguous()
+    sums = (sums / GRID).round() * GRID
+    return sums + torch.where(begins, F.pad(sums[:, :, :-1], (0, 0, 1, 0)) + RESET, 0.0).cumsum(2)
 
 
 def forward(q, k, v, g, segment: Segment, passing: Passing | None) -> tuple[torch.Tensor, torch.Tensor]:

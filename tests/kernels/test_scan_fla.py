@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lss.kernels.scan_blocks import ScanWork, chained
-from lss.kernels.scan_fla import block_sums, section_gradients
+from lss.kernels.scan_fla import block_sums, marked_blocks, section_gradients
 from lss.segment import make_segment, scan_blocks
 from tests.gpu.test_scan_kernels import DOCUMENTS, drawn
 
@@ -19,7 +19,7 @@ def test_differences_of_sums_are_decays_and_0_between_documents(decay):
     g = -decay * torch.rand(1, 1000, 3, generator=torch.Generator().manual_seed(0))
     g = g.masked_fill(BEGINS[..., None], 0.0)
     for begins in (None, BEGINS):
-        sums = block_sums(g, begins)
+        sums = block_sums(g, None if begins is None else marked_blocks(begins))
         for start in range(0, 1000, 64):
             at = slice(start, min(start + 64, 1000))
             weights = (sums[0, at, None] - sums[0, None, at]).exp2()
@@ -35,7 +35,7 @@ def test_sums_have_not_a_bit_of_documents_before():
     g = -torch.rand(1, 1000, 3, generator=torch.Generator().manual_seed(0)).masked_fill(BEGINS[..., None], 0.0)
     changed = g.clone()
     changed[:, 67:150] *= 7.3
-    a, b = (block_sums(x, BEGINS) for x in (g, changed))
+    a, b = (block_sums(x, marked_blocks(BEGINS)) for x in (g, changed))
     for start, stop in ((0, 64), (150, 192), (192, 1000)):
         at = slice(start, stop)
         assert torch.equal(a[:, at, None] - a[:, None, at], b[:, at, None] - b[:, None, at])

@@ -280,21 +280,25 @@ def section_gradients(q, k, v, sums, dy, h, dh) -> tuple[torch.Tensor, torch.Ten
 
     # the last block is filled up with tokens that decay nothing
     sums = torch.cat((sums, sums[:, -1:].expand(-1, -length % BLOCK, -1)), 1)
-    q, k, v, dy, c = cut(q)[:, :, :, 0], cut(k)[:, :, :, 0], cut(v), cut(dy), cut(sums[..., None])[..., 0]
+    q, k, c = cut(q)[:, :, :, 0], cut(k)[:, :, :, 0], cut(sums[..., None])[..., 0]
+    # head after head, as every product takes them: copied once
+    v, dy = cut(v).contiguous(), cut(dy).contiguous()
     h, dh = (x.unflatten(2, (K, -1)).to(q.dtype) for x in (h, dh))
     last = c[..., -1]
-    dy_into, v_out = ((x * of.exp2()[..., None]).to(x.dtype) for x, of in ((dy, c), (v, last[..., None] - c)))
     upper = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu()
-    # gradients of the scores, with their decays
-    weighted = (c[..., :, None] - c[..., None, :]).masked_fill_(~upper.T, float("-inf")).exp2_()
-    weighted *= dy @ v.transpose(-1, -2)
-    pairs = ((q @ k.transpose(-1, -2))[:, :, :, None] * weighted).to(q.dtype)
+    # gradients of the scores, with their decays; products of (X,Z,K,R,C,C) stay in the inputs' dtype, sums are of float32
+    weighted = (c[..., :, None] - c[..., None, :]).masked_fill_(~upper.T, float("-inf")).exp2_().to(q.dtype)
+    weighted *= dy @ v.mT
+    pairs = (q @ k.mT)[:, :, :, None] * weighted
     dg = (upper.to(q.dtype) @ pairs).masked_fill_(upper, 0.0).sum(-1, dtype=torch.float32)
-    dscores = weighted.sum(3).to(q.dtype)
-    dq = (dscores @ k).float() + torch.einsum("xzkrch,xzkrph->xzkcp", dy_into, h)
-    dk = (dscores.transpose(-1, -2) @ q).float() + torch.einsum("xzkrch,xzkrph->xzkcp", v_out, dh)
-    read = (dy_into.float() * torch.einsum("xzkcp,xzkrph->xzkrch", q, h)).sum(-1)
-    written = (v_out.float() * torch.einsum("xzkcp,xzkrph->xzkrch", k, dh)).sum(-1)
-    passed = last.exp2() * (h.float() * dh).sum((-1, -2))
+    dscores = weighted.sum(3, dtype=torch.float32).to(q.dtype)
+    # what each head reads of the state before the block, and writes to that behind it
+    read, written = dy @ h.mT, v @ dh.mT
+    read *= c.exp2()[..., None]
+    written *= (last[..., None] - c).exp2()[..., None]
+    dq = (dscores @ k).float() + read.sum(3, dtype=torch.float32)
+    dk = (dscores.mT @ q).float() + written.sum(3, dtype=torch.float32)
+    read, written = ((x * of[:, :, :, None]).sum(-1, dtype=torch.float32) for x, of in ((read, q), (written, k)))
+    passed = last.exp2() * (h.flatten(-2)[..., None, :] @ dh.flatten(-2)[..., None])[..., 0, 0]
     dg += read.flip(-1).cumsum(-1).flip(-1) + F.pad(written.cumsum(-1)[..., :-1], (1, 0)) + passed[..., None]
     return back(dq[:, :, :, None]), back(dk[:, :, :, None]), back(dg[..., None])[..., 0]

@@ -101,8 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     verify = verbs.add_parser("verify", help="check every byte of a checkpoint")
     verify.add_argument("checkpoint", metavar="CKPT", help="a folder such as runs/tiny/checkpoints/step_300, or a run's")
 
-    report = verbs.add_parser("report", help="make one HTML page of one or more runs")
-    report.add_argument("folders", nargs="+", metavar="DIR", help="run folders")
+    report = verbs.add_parser("report", help="make one HTML page of runs, benches and plans")
+    report.add_argument("folders", nargs="+", metavar="DIR",
+                        help="of a run, or of rows by lss bench or lss plan --out; or a .jsonl of such")  # fmt: skip
     report.add_argument("-o", "--output", metavar="FILE", help="default DIR/report.html of the first")
     return parser
 
@@ -144,7 +145,8 @@ def _add_plan(verbs: Any) -> None:
     plan.add_argument("--nproc", type=int, metavar="N", help="with --calibrate: start N ranks on this machine")
     plan.add_argument("--seconds", type=float, default=600.0, metavar="T", help="of --calibrate: nothing long starts later")
     question.add_argument("--compare", action="store_true", help="every strategy, over ranks (to --gpus) and lengths")
-    plan.add_argument("--out", metavar="DIR", help="with --compare: write rows, tables and plots there")
+    plan.add_argument("--out", metavar="DIR",
+                      help="write plans as rows there, for lss report; with --compare also tables and plots")  # fmt: skip
     plan.add_argument("--plot", metavar="FILE", help="draw memory over the moments of a step, as .svg or .png")
 
 
@@ -232,8 +234,8 @@ def _expand_segments() -> None:
 
 
 def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
-    if options.out is not None and not options.compare:
-        raise refuse("--out", options.out, "only --compare writes there; leave it out")
+    if options.out is not None and options.calibrate:
+        raise refuse("--out", options.out, "--calibrate writes its own file; leave it out")
     asked = [name for name in ("search", "longest", "fewest", "calibrate", "compare") if getattr(options, name)]
     if options.plot is not None and asked:
         raise refuse("--plot", options.plot, f"it draws one plan, not --{asked[0]}; leave one of the two out")

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from lss.cli.main import split_config
+from lss.cli.plan_out import make_folder, plan_row, write_plans
 from lss.cli.plan_plot import picture_file, write_picture
 from lss.config import Config, load_config
 from lss.config.errors import refuse
@@ -27,8 +28,9 @@ def plan(options: argparse.Namespace) -> int:
     """Print what a config will take on so many devices; 1 where it does not fit."""
     config = planned(options)  # first: it needs no torch
     picture = picture_file(options.plot) if options.plot is not None else None
+    folder = None if options.out is None else make_folder(options.out)
 
-    from lss.planner import CLASSES, Traces, find_hardware, make_plan
+    from lss.planner import CLASSES, Traces, find_hardware, make_plan, plan_curve
     from lss.planner.remedies import remedies, size
 
     hardware, traces = find_hardware(options.gpu), Traces()
@@ -51,6 +53,9 @@ def plan(options: argparse.Namespace) -> int:
     print(f"rates: {told}; {hardware.source}")
     if picture is not None:
         write_picture(picture, config, hardware, traces, found.peak.bytes)
+    if folder is not None:
+        settings = split_config(options.config)[1]
+        write_plans(folder, [plan_row(config, found, settings, curve=plan_curve(config, hardware, traces))])
     return 0 if found.fits else 1
 
 

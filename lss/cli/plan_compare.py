@@ -9,17 +9,15 @@ from pathlib import Path
 
 from lss.cli.main import split_config
 from lss.cli.plan import plannable
+from lss.cli.plan_out import make_folder
 from lss.config import Config, load_config
-from lss.config.errors import refuse
 
 
 def compare(options: argparse.Namespace) -> int:
     """Plan the config's step with every strategy, over ranks and lengths; print tables, and write them where asked."""
     path, overrides = split_config(options.config)
     config = plannable(path, overrides)
-    folder = Path(options.out) if options.out is not None else None
-    if folder is not None:  # before minutes of work
-        _make(folder)
+    folder = None if options.out is None else make_folder(options.out)  # before minutes of work
 
     from rich.console import Console
 
@@ -47,13 +45,6 @@ def compare(options: argparse.Namespace) -> int:
     if folder is not None:
         _write(folder, rows, text)
     return 0
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise refuse("--out", str(folder), f"cannot be made ({error.strerror}); give a folder that can") from error
 
 
 def _write(folder: Path, rows: Sequence[dict], text: str) -> None:

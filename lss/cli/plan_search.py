@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lss.cli.main import split_config
 from lss.cli.plan import devices, plannable
+from lss.cli.plan_out import make_folder, plan_row, write_plans
 from lss.config import Config, load_config
 from lss.config.errors import refuse
 
@@ -23,6 +24,7 @@ def search(options: argparse.Namespace) -> int:
     if options.fewest and options.gpus is not None:
         raise refuse("--gpus", options.gpus, "how many is what --fewest looks for; leave it out")
     ranks = devices(config, options)
+    folder = None if options.out is None else make_folder(options.out)  # before minutes of work
 
     from rich.console import Console
 
@@ -53,6 +55,11 @@ def search(options: argparse.Namespace) -> int:
         else:
             found, ranks = looking.fewest()
             tried, what = [found] if found else [], f"{ranks:,} x {hardware.name} are the fewest, of powers of two"
+    if folder is not None and tried:
+        name = {"plan": config.name}
+        rows = [plan_row(build(t.settings, ranks), t.plan, t.settings, t.why) if t.plan is not None else
+                name | {"settings": " ".join(t.settings), "fits": False, "why": t.why} for t in tried]  # fmt: skip
+        write_plans(folder, rows)
     if not tried or not tried[0].fits:
         _print_table(tried, console)
         print("nothing fits; give more devices, a shorter data.seq_len or a smaller model")

@@ -1,18 +1,21 @@
-"""One self-contained HTML page of one or more runs: no network, readable on a phone, light and dark."""
+"""One self-contained HTML page of runs, benches and plans: no network, readable on a phone, light and dark."""
 
 from __future__ import annotations
 
 import html
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from lss.config.errors import refuse
+from lss.report.parts import figure, figures, table
 from lss.report.plots import Curve, line_plot
 from lss.report.runs import Run, plain, read_runs
+from lss.report.sheets import Sheet, read_sheets, row_files
+from lss.report.tabled import section
 from lss.report.template import PAGE
 
 LAST_ROWS = 50
@@ -34,16 +37,22 @@ LEDE = (
 
 
 def build_report(folders: Sequence[Path], output: Path | None = None) -> Path:
-    """Make a page of the runs in these folders; returns its path, by default `report.html` in the first.
+    """Make a page of what is in these folders; returns its path, by default `report.html` in the first.
 
-    Reads metrics.jsonl and, where it is there, run.json: any JSON object. Several runs share the plots.
+    Of a run's folder metrics.jsonl is read and, where it is there, run.json: any JSON object. Several runs share the plots.
+    Of other folders all files of rows are, as `lss bench --out` and `lss plan --out` write them; such a file may be named
+    itself.
 
     Raises:
-        Refused: a folder holds no metrics, a file is damaged, matplotlib is missing, or the page cannot be written.
+        Refused: a folder holds neither, a file is damaged, matplotlib is missing, or the page cannot be written.
     """
-    runs = read_runs([Path(folder) for folder in folders])
-    target = Path(output) if output else runs[0].folder / "report.html"
-    page = _page(runs)
+    paths = [Path(folder) for folder in folders]
+    of_rows = [path for path in paths if row_files(path)]
+    runs = read_runs([path for path in paths if path not in of_rows]) if len(of_rows) < len(paths) or not paths else []
+    sheets = read_sheets(of_rows)
+    first = paths[0]
+    target = Path(output) if output else (first if first.is_dir() else first.parent) / "report.html"
+    page = _page(runs, sheets)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # JSON can name half a character, which no encoding has
@@ -53,14 +62,20 @@ def build_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     return target
 
 
-def _page(runs: Sequence[Run]) -> str:
-    title = html.escape(f"Run{'s' if len(runs) > 1 else ''} " + ", ".join(run.name for run in runs))
-    parts = [f"<h1>{title}</h1>"]
+def _page(runs: Sequence[Run], sheets: Sequence[Sheet]) -> str:
+    words = [f"Run{'s' if len(runs) > 1 else ''} " + ", ".join(run.name for run in runs)] if runs else []
+    title = html.escape(" · ".join([*words, *(sheet.name for sheet in sheets)]))
+    body = "\n".join([*(_of_runs(runs) if runs else []), *map(section, sheets)])
+    return PAGE.substitute(title=title, body=f"<h1>{title}</h1>\n{body}")
+
+
+def _of_runs(runs: Sequence[Run]) -> list[str]:
+    parts = []
     if len(runs) == 1:
         parts += [_lede(runs[0]), _cards(figures_of(runs[0]))]
     else:
         parts += [_comparison(runs), _differences(runs)]
-    parts.append(f'<div class="plots">{"".join(_figure(*plot) for plot in _plots(runs))}</div>')
+    parts.append(figures(figure(*plot) for plot in _plots(runs)))
     for run in runs:
         of = f" of {html.escape(run.name)}" if len(runs) > 1 else ""
         if taken := _memory(run):
@@ -68,7 +83,7 @@ def _page(runs: Sequence[Run]) -> str:
         if run.facts:
             parts.append(f"<h2>Facts{of}</h2>{_facts(run)}")
         parts.append(f"<h2>Last steps{of}</h2>{_last_rows(run)}")
-    return PAGE.substitute(title=title, body="\n".join(parts))
+    return parts
 
 
 def figures_of(run: Run) -> dict[str, str]:
@@ -104,7 +119,7 @@ def _comparison(runs: Sequence[Run]) -> str:
     figures = [figures_of(run) for run in runs]
     keys = list(dict.fromkeys(key for found in figures for key in found))
     rows = [[run.name, *(found.get(key, "") for key in keys)] for run, found in zip(runs, figures, strict=True)]
-    return _table(["run", *keys], rows, "sortable numbers")
+    return table(["run", *keys], rows, "sortable numbers")
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -112,7 +127,7 @@ def _differences(runs: Sequence[Run]) -> str:
     keys = dict.fromkeys(key for run in runs for key in run.facts if not key.startswith("results."))
     rows = [[key, *(plain(run.facts.get(key)) for run in runs)] for key in keys]
     rows = [row for row in rows if len(set(row[1:])) > 1]
-    return f"<h2>What differs</h2>{_table(['', *(run.name for run in runs)], rows)}" if rows else ""
+    return f"<h2>What differs</h2>{table(['', *(run.name for run in runs)], rows)}" if rows else ""
 
 
 def _plots(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -135,33 +150,19 @@ def _plots(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return [(caption, line_plot(found, unit)) for caption, unit, found in plots if found]
 
 
-def _figure(caption: str, svg: str) -> str:
-    spoken = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(caption)} by step" ', 1)
-    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{spoken}</figure>"
-
-
 def _memory(run: Run) -> str:
     """What the peak of a step was made of, where run.json tells; the facts name the step and the rank."""
     start = "results.memory.classes."
     sizes = {key.removeprefix(start): n for key, n in run.facts.items() if key.startswith(start)}
     rows = [[name, f"{n / 2**20:,.2f} MiB"] for name, n in sizes.items() if type(n) is int and 0 <= n < 1 << 62]
-    return _table(["class", "bytes"], rows, "facts") if rows else ""
+    return table(["class", "bytes"], rows, "facts") if rows else ""
 
 
 def _last_rows(run: Run) -> str:
     rows = run.rows[-LAST_ROWS:]
     # a column that no row fills, as mfu on a CPU, is none
     keys = list(dict.fromkeys(key for row in rows for key in row if row[key] is not None))
-    return _table(keys, [[plain(row.get(key)) for key in keys] for row in rows], "sortable numbers")
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    def cell(head: str) -> str:
-        return f"<th><button>{html.escape(head)}</button></th>" if "sortable" in kind else f"<th>{html.escape(head)}</th>"
-
-    head = "".join(map(cell, heads))
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return table(keys, [[plain(row.get(key)) for key in keys] for row in rows], "sortable numbers")
 
 
 def _facts(run: Run) -> str:

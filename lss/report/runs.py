@@ -70,19 +70,21 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read(folder: Path, name: str) -> Run:
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise refuse("DIR", folder, "holds no metrics.jsonl; give the folder of a run")
+        fit = "holds no metrics.jsonl and no rows of a bench or a plan; give the folder of a run, or such rows"
+        raise refuse("DIR", folder, fit)
     size = path.stat().st_size
     if size > LARGEST_FILE:
         raise refuse("DIR", folder, f"its metrics.jsonl has {size:,} bytes; a page is made of {LARGEST_FILE:,} at most")
-    lines = _bytes(path).removesuffix(b"\n").split(b"\n")
+    lines = read_bytes(path).removesuffix(b"\n").split(b"\n")
     if lines == [b""]:
         raise refuse("DIR", folder, "its metrics.jsonl is empty: no step has been done yet")
     rows = [_row(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
     facts = folder / "run.json"
-    return Run(name, folder, rows, flatten(_json(_bytes(facts), str(facts))) if facts.is_file() else {})
+    return Run(name, folder, rows, flatten(parsed(read_bytes(facts), str(facts))) if facts.is_file() else {})
 
 
-def _bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes, or a refusal."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -90,14 +92,15 @@ def _bytes(path: Path) -> bytes:
 
 
 def _row(line: bytes, where: str) -> dict[str, Any]:
-    row = _json(line, where)
+    row = parsed(line, where)
     step = row.get("step")
     if type(step) is not int or not 0 <= step < LARGEST_STEP:
         raise Refused(f"{where}: not a row of metrics, it has no step that is a whole number.")
     return row
 
 
-def _json(text: bytes, where: str) -> dict[str, Any]:
+def parsed(text: bytes, where: str) -> dict[str, Any]:
+    """A JSON object, or a refusal that says where it is not one."""
     try:
         value = json.loads(text)
     except RecursionError:

@@ -140,7 +140,8 @@ def _plans(rows: Sequence[Row]) -> str:
 
 def _memory(row: Row) -> str | None:
     """Memory by class over the moments of a planned step, where the row has them as `lss plan --out` writes them."""
-    curve, room = row.get("curve"), ratio(row.get("room_bytes"), GIB)
+    curve: Any = row.get("curve")
+    room = ratio(row.get("room_bytes"), GIB)
     try:
         layers = {str(name): [float(x) for x in values] for name, values in curve["gib"].items()}
         parts = [(str(name), int(first)) for name, first in curve["parts"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -21,7 +22,7 @@ from lss.bench.candidates import (
     our_candidates,
     rival_candidates,
 )
-from lss.bench.cell import Cell, Run, measure
+from lss.bench.cell import Cell, Run, cut, measure_cells
 from lss.bench.plan import CAPS, DTYPES, AttentionPlan, Heads, own_bound
 from lss.bench.rival import places_of
 from lss.bench.rows import Results, Row, full_row, run_facts
@@ -88,7 +89,7 @@ class AttentionCell(Cell):
             whole, comm = self._inputs["whole"], self.clock.comm
             places = places_of(order, self.tokens, comm.size, comm.rank).to(self.clock.device)
             uncut = whole.q_BTNH, whole.k_BTKH, whole.v_BTKH, whole.dout_BTNH
-            q, k, v, dout = (_cut(x, places, self.tokens) for x in uncut)
+            q, k, v, dout = (cut(x, places, self.tokens) for x in uncut)
             for x in (q, k, v):
                 x.requires_grad_()
             self._inputs[order] = Inputs(self.tokens, q, k, v, dout, places)
@@ -149,23 +150,11 @@ def bench_attention(
         Failed: the ranks fell out of step.
     """
     facts = run_facts(clock.device, clock.comm.size, command)
-    clock.barrier()  # no rank writes before all have read
     rivals = rival_candidates(plan.rivals, clock)
-    new: list[Row] = []
-    for heads in plan.heads:
-        for tokens in plan.lengths:
-            for graph in (False, True) if tokens <= plan.graphs_upto else (False,):
-                cell = AttentionCell(plan, heads, tokens, rivals, clock, results, facts, graph=graph)
-                for row in measure(cell) if cell.runs else []:
-                    results.add(row)
-                    on_row(row)
-                    new.append(row)
-                del cell
-                clock.tidy()
-    return new
-
-
-def _cut(x: torch.Tensor, places: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The tokens at these places; 0 at padding, which places at and beyond the end are."""
-    part = x.detach().index_select(1, places.clamp(max=tokens - 1))
-    return part.masked_fill_((places >= tokens)[:, None, None], 0)
+    cells = (
+        partial(AttentionCell, plan, heads, tokens, rivals, clock, results, facts, graph=graph)
+        for heads in plan.heads
+        for tokens in plan.lengths
+        for graph in ((False, True) if tokens <= plan.graphs_upto else (False,))
+    )
+    return measure_cells(cells, clock, results, on_row)

@@ -7,7 +7,7 @@ then all take turns, `repeat` rounds of them, so that a device that warms up or 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -266,3 +266,33 @@ def measure(cell: Cell) -> list[Row]:
             run.status = failure
     cell.take_rounds()
     return cell.rows()
+
+
+def measure_cells(
+    makers: Iterable[Callable[[], Cell]], clock: Clock, results: Results, on_row: Callable[[Row], None]
+) -> list[Row]:
+    """Make and measure one cell after another and write their rows; returns these, the same on every rank.
+
+    Every rank must call, and `results` must read the same file on all of them. `on_row` is called with each row when its
+    cell is complete.
+
+    Raises:
+        Failed: the ranks fell out of step.
+    """
+    clock.barrier()  # no rank writes before all have read
+    new: list[Row] = []
+    for make in makers:
+        cell = make()
+        for row in measure(cell) if cell.runs else []:
+            results.add(row)
+            on_row(row)
+            new.append(row)
+        del cell  # its memory goes before the next one is made
+        clock.tidy()
+    return new
+
+
+def cut(x: torch.Tensor, places_T: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The tokens at these places of x (B, tokens, ...); 0 at padding, which places at and beyond the end are."""
+    part = x.detach().index_select(1, places_T.clamp(max=tokens - 1))
+    return part.masked_fill_((places_T >= tokens).view(-1, *[1] * (x.dim() - 2)), 0)

@@ -11,12 +11,13 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from lss.bench.candidates import ONE_DEVICE, Candidate
-from lss.bench.cell import Cell, Run, measure
+from lss.bench.cell import Cell, Run, cut, measure_cells
 from lss.bench.plan import CAPS, DTYPES, Heads
 from lss.bench.rival import places_of
 from lss.bench.rows import Results, Row, full_row, run_facts
@@ -203,7 +204,7 @@ class ScanCell(Cell):
         if key not in self._given:
             whole, comm = self._given[layer, "whole", tokens], self.clock.comm
             places = places_of(order, tokens, comm.size, comm.rank).to(self.clock.device)
-            *leaves, dout = (_cut(x, places, tokens) for x in (*whole.leaves, whole.dout))
+            *leaves, dout = (cut(x, places, tokens) for x in (*whole.leaves, whole.dout))
             self._given[key] = Given(tokens, tuple(x.requires_grad_() for x in leaves), dout, places)
         return self._given[key]
 
@@ -336,20 +337,5 @@ def bench_scan(
         Failed: the ranks fell out of step.
     """
     facts = run_facts(clock.device, clock.comm.size, command)
-    clock.barrier()  # no rank writes before all have read
-    new: list[Row] = []
-    for tokens in plan.lengths:
-        cell = ScanCell(plan, tokens, clock, results, facts)
-        for row in measure(cell) if cell.runs else []:
-            results.add(row)
-            on_row(row)
-            new.append(row)
-        del cell
-        clock.tidy()
-    return new
-
-
-def _cut(x: torch.Tensor, places: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The tokens at these places; 0 at padding, which places at and beyond the end are."""
-    part = x.detach().index_select(1, places.clamp(max=tokens - 1))
-    return part.masked_fill_((places >= tokens).view(-1, *[1] * (x.dim() - 2)), 0)
+    cells = (partial(ScanCell, plan, tokens, clock, results, facts) for tokens in plan.lengths)
+    return measure_cells(cells, clock, results, on_row)

@@ -68,8 +68,9 @@ def oracle(whole, allowed, *, softcap=0.0, alibi_slopes=None, sinks=None, dropou
 
 
 def relative(a, b, floor=0.0):
-    """||a - b|| / ||b||."""
-    return float((a - b).detach().double().norm()) / max(float(b.detach().double().norm()), floor, 1e-300)
+    """||a - b|| / ||b||; infinite where it is no number, since `max` passes over NaN."""
+    error = float((a - b).detach().double().norm()) / max(float(b.detach().double().norm()), floor, 1e-300)
+    return error if error == error else float("inf")
 
 
 def checkerboard(b, h, i, j):

@@ -115,9 +115,13 @@ def stop_pools() -> None:
         _POOLS.popitem()[1].stop()
 
 
-@cache
 def mesh(cp: int, dp: int = 1, ranks_per_node: int | None = None):
     """This rank's mesh of this shape; made once in a rank process, since every mesh opens process groups."""
+    return _mesh(cp, dp, ranks_per_node)
+
+
+@cache  # which takes `mesh(2)` and `mesh(2, 1)` for two, were they its own calls
+def _mesh(cp: int, dp: int, ranks_per_node: int | None):
     import lss
 
     return lss.init_mesh(cp=cp, dp=dp, ranks_per_node=ranks_per_node)

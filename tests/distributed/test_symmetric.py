@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import lss
-from lss.comm import cp_communicator
+from lss.comm import cp_communicator, symmetric
 from lss.segment import make_mask, make_segment, plan_all, plan_push
+from tests.distributed.accesses import Recorded, races
 from tests.distributed.cases import attention_case, make_qkv, oracle, relative, visible
 from tests.distributed.pool import mesh, pool
 
@@ -28,18 +29,34 @@ def test_attention_is_exact(cp, order, S, heads, chunks, regather):
     for errors, *_ in pool(cp).run(attention_case, cp, **options, **SYMMETRIC):
         assert max(errors) <= 1e-13
     # each call's gradients in a room of its own
-    for errors, *_ in pool(cp).run(staged_case, cp, dkv_dtype="inputs", **options, **SYMMETRIC):
+    outcomes = pool(cp).run(staged_case, cp, dkv_dtype="inputs", **options, **SYMMETRIC)
+    for rank, (errors, *_, staged) in enumerate(outcomes):
         assert max(errors) <= 1e-13
+        if order == "contiguous":
+            assert not staged  # one call a rank: nothing to travel beside
+        elif S == 24:  # without padding; the last rank's two chunks are neighbours, and one call
+            assert staged == ({"kv", "dkv"} if rank < cp - 1 else {"kv"})
 
 
 def staged_case(cp, **options):
-    """`attention_case` with gathers in two stages, what is read first first, and gradients leaving call by call."""
-    peers = cp_communicator(mesh(cp)).peers(torch.device("cpu"))
+    """`attention_case` with gathers in two stages, what is read first first, and gradients leaving call by call.
+
+    Returns what went so, too. Rooms for gradients hold NaN until a call writes them.
+    """
+    peers, staged = cp_communicator(mesh(cp)).peers(torch.device("cpu")), set()
     before, peers.staged_bytes = peers.staged_bytes, 0
+    way, rooms = symmetric.Way, symmetric.SymmetricTransport.new_dkv
+
+    def spied(peers, name, *args, **kwargs):
+        staged.add(name.rstrip("0123456789"))
+        return way(peers, name, *args, **kwargs)
+
+    symmetric.Way = spied
+    symmetric.SymmetricTransport.new_dkv = lambda *args: [room.fill_(float("nan")) for room in rooms(*args)]
     try:
-        return attention_case(cp, **options)
+        return *attention_case(cp, **options), staged
     finally:
-        peers.staged_bytes = before
+        peers.staged_bytes, symmetric.Way, symmetric.SymmetricTransport.new_dkv = before, way, rooms
 
 
 def pair_case(cp, **options):
@@ -72,6 +89,14 @@ def test_documents_windows_and_encoders(order, window, causal):
     for case in (attention_case, staged_case):
         for errors, *_ in pool(4).run(case, 4, S=23, N=4, K=2, B=1, **options, **SYMMETRIC):
             assert max(errors) <= 1e-13
+
+
+def test_gradients_leave_after_the_last_call_that_writes_among_them():
+    """Rank 0's last queries are of two documents: three calls in two rooms, the first and the last in one."""
+    options = {"S": 24, "N": 4, "K": 2, "B": 1, "cu_seqlens": [0, 20, 24], "dkv_dtype": "inputs"}
+    for rank, (errors, *_, staged) in enumerate(pool(2).run(staged_case, 2, **options, **SYMMETRIC)):
+        assert max(errors) <= 1e-13
+        assert rank == 1 or "dkv" in staged
 
 
 @pytest.mark.parametrize("inner", [1, 2])
@@ -182,13 +207,48 @@ def test_parity_holds_when_ranks_are_late(chunks, seed):
     assert max(pool(3).run(late_case, 3, seed, 4, head_chunks=chunks)) <= 1e-13
 
 
+def recorded_case(cp, staged, rounds, **options):
+    """This rank's accesses to all buffers in several attentions in a row, without and with stages."""
+    peers = cp_communicator(mesh(cp)).peers(torch.device("cpu"))
+    case = staged_case if staged else attention_case
+    case(cp, **options)  # opens the buffers
+    with Recorded(peers) as recorded:
+        for _ in range(rounds):
+            case(cp, **options)
+    return recorded.accesses
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("order, dkv_dtype", [("head_tail", "inputs"), ("head_tail", "float32"), ("contiguous", "inputs")])
+def test_no_rank_writes_what_another_may_be_at(order, dkv_dtype, staged, chunks):
+    """Whatever the delays: what two ranks do to the same bytes, one of them writing, has a barrier in between."""
+    options = {"S": 12, "N": 4, "K": 4, "order": order, "head_chunks": chunks, "dkv_dtype": dkv_dtype}
+    ranks = pool(3).run(recorded_case, 3, staged, 2, **options, **SYMMETRIC)
+    assert races(ranks) == []
+    # each rank reads all of its own buffers, and writes the others' at least
+    for rank, accesses in enumerate(ranks):
+        names = {(name.rstrip("0123456789"), owner == rank, written) for _, name, owner, written in accesses}
+        assert {("kv", True, False), ("dkv", True, False)} <= names
+        assert ("kv", False, True) in names or (order == "contiguous" and rank == 2)
+        assert ("dkv", False, True) in names or (order == "contiguous" and rank == 0)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_no_rank_clears_what_another_may_be_writing(staged):
+    """Slots that are not all filled are cleared: rank 0's, of many documents in balanced order."""
+    options = {"S": 23, "N": 4, "K": 2, "B": 1, "cu_seqlens": [0, 1, 2, 3, 19, 23], "order": "balanced"}
+    assert races(pool(4).run(recorded_case, 4, staged, 2, **options, **SYMMETRIC)) == []
+
+
 def many_plans_case(cp):
     """Routes and errors after more plans than are kept, each used twice."""
     from lss.comm.symmetric import MOST_ROUTES
 
     worst = 0.0
     for turn in range(MOST_ROUTES + 4):
-        errors, *_ = attention_case(cp, S=70 + turn // 2, N=2, K=1, B=1, transport="symmetric", H=2)
+        # the longest first: a buffer that grows takes its routes with it
+        errors, *_ = attention_case(cp, S=120 - turn // 2, N=2, K=1, B=1, transport="symmetric", H=2)
         worst = max(worst, *errors)
     return len(cp_communicator(mesh(cp)).peers(torch.device("cpu")).routes) <= MOST_ROUTES, worst
 

@@ -93,7 +93,7 @@ def test_the_pages_words_are_those_of_its_rows():
 
 
 @pytest.mark.parametrize("line, said", [
-    (["--out", "somewhere"], "--out=somewhere"), (["--compare", "model.hf=some/model"], "model.hf"),
+    (["--calibrate", "p.json", "--out", "x"], "--out=x"), (["--compare", "model.hf=some/model"], "model.hf"),
     (["--compare", "--out", "/dev/null/folder"], "--out"), (["--compare", "--search"], "not allowed"),
 ])  # fmt: skip
 def test_refusals(planned, capsys, line, said):

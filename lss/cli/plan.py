@@ -51,11 +51,12 @@ def plan(options: argparse.Namespace) -> int:
     _print_cost(found, options)
     told = "measured" if hardware.measured else "taken from data sheets, none of them measured"
     print(f"rates: {told}; {hardware.source}")
-    if picture is not None:
-        write_picture(picture, config, hardware, traces, found.peak.bytes)
-    if folder is not None:
-        settings = split_config(options.config)[1]
-        write_plans(folder, [plan_row(config, found, settings, curve=plan_curve(config, hardware, traces))])
+    if picture is not None or folder is not None:
+        curve = plan_curve(config, hardware, traces)
+        if picture is not None:
+            write_picture(picture, curve, hardware, found.peak.bytes)
+        if folder is not None:
+            write_plans(folder, [plan_row(config, found, split_config(options.config)[1], curve=curve)])
     return 0 if found.fits else 1
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lss.config import Config
 from lss.config.errors import refuse
 
 if TYPE_CHECKING:
-    from lss.planner import Hardware, Traces
+    from lss.planner import Curve, Hardware
 
 FORMS = (".svg", ".png")
 NEAR = 0.01
@@ -31,20 +30,18 @@ def picture_file(name: str) -> Path:
     return path
 
 
-def write_picture(path: Path, config: Config, hardware: Hardware, traces: Traces, planned: int) -> None:
-    """Draw memory over the moments of a step, from the traces that its plan took, and say where the picture is.
+def write_picture(path: Path, curve: Curve, hardware: Hardware, planned: int) -> None:
+    """Draw memory over the moments of a step, and say where the picture is.
 
     Where it is higher than the planned bytes by more than their `NEAR`, that is said too.
 
     Raises:
-        Refused: as of `lss.planner.plan_curve`, or the file cannot be written.
+        Refused: matplotlib is missing, or the file cannot be written.
     """
-    from lss.planner import plan_curve
     from lss.planner.curve import ON_DEVICE
     from lss.planner.remedies import size
     from lss.report.plots import stack_plot
 
-    curve = plan_curve(config, hardware, traces)
     layers = {name: (curve.of(name) / 2**30).tolist() for name in ON_DEVICE}
     picture = stack_plot(layers, curve.parts, "GiB", line=(hardware.name, hardware.memory / 2**30),
                          png=path.suffix.lower() == ".png")  # fmt: skip

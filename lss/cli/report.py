@@ -17,14 +17,14 @@ def _item(folder: Path) -> str:
 def report(options: argparse.Namespace) -> int:
     """Make one HTML page of runs, benches and plans."""
     from lss.report import build_report
-    from lss.report.sheets import METRICS
+    from lss.report.runs import METRICS
     from lss.train.evaluate import bits
     from lss.train.metrics import read_metrics
 
     folders = [Path(folder) for folder in options.folders]
     page = build_report(folders, Path(options.output) if options.output else None)
     for folder in [folder for folder in folders if (folder / METRICS).is_file()]:
-        held_out = [row["eval_loss"] for row in read_metrics(folder / "metrics.jsonl") if row.get("eval_loss") is not None]
+        held_out = [row["eval_loss"] for row in read_metrics(folder / METRICS) if row.get("eval_loss") is not None]
         if held_out:
             of = f" ({folder})" if len(folders) > 1 else ""
             print(f"held-out: {bits(held_out[-1]):.2f} bits per {_item(folder)}{of}")

@@ -47,9 +47,10 @@ def build_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         Refused: a folder holds neither, a file is damaged, matplotlib is missing, or the page cannot be written.
     """
     paths = [Path(folder) for folder in folders]
-    of_rows = [path for path in paths if row_files(path)]
-    runs = read_runs([path for path in paths if path not in of_rows]) if len(of_rows) < len(paths) or not paths else []
-    sheets = read_sheets(of_rows)
+    files = {path: row_files(path) for path in paths}
+    sheets = read_sheets([file for path in paths for file in files[path]])
+    others = [path for path in paths if not files[path]]
+    runs = read_runs(others) if others or not sheets else []
     first = paths[0]
     target = Path(output) if output else (first if first.is_dir() else first.parent) / "report.html"
     page = _page(runs, sheets)

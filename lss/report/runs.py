@@ -11,6 +11,7 @@ from typing import Any
 
 from lss.config.errors import Refused, refuse
 
+METRICS = "metrics.jsonl"
 LARGEST_FILE = 1 << 30  # bytes of metrics; a run of four million steps stays below
 LARGEST_STEP = 1 << 53  # beyond it a float, and so a plot, cannot tell steps apart
 MOST_FACTS = 1000  # of run.json; what is more is counted, not shown
@@ -68,7 +69,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     if not path.is_file():
         fit = "holds no metrics.jsonl and no rows of a bench or a plan; give the folder of a run, or such rows"
         raise refuse("DIR", folder, fit)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lss.config.errors import Refused, refuse
-from lss.report.runs import LARGEST_FILE, parsed, read_bytes
+from lss.config.errors import refuse
+from lss.report.runs import LARGEST_FILE, METRICS, parsed, read_bytes
 
 Row = dict[str, Any]
-METRICS = "metrics.jsonl"
 PLANS, STRATEGIES = "plans", "strategies, planned"
 
 
@@ -30,26 +29,26 @@ def row_files(path: Path) -> list[Path]:
     return [path] if path.suffix == ".jsonl" and path.is_file() and path.name != METRICS else []
 
 
-def read_sheets(paths: Sequence[Path]) -> list[Sheet]:
-    """The rows of these files and folders.
+def read_sheets(files: Sequence[Path]) -> list[Sheet]:
+    """The rows of these files.
 
     Raises:
-        Refused: one is given twice, a file is too large, cannot be read, or has a line that is no JSON object.
+        Refused: one is given twice, is too large, cannot be read, or has a line that is no JSON object; all are empty.
     """
     found: dict[str, list[Row]] = {}
     seen: set[Path] = set()
-    for path in paths:
-        for file in row_files(path):
-            if file.resolve() in seen:
-                raise refuse("DIR", path, f"{file.name} is given twice; give each file once")
-            seen.add(file.resolve())
-            if file.stat().st_size > LARGEST_FILE:
-                raise refuse("DIR", path, f"{file.name} is larger than the {LARGEST_FILE:,} bytes that a page is made of")
-            for number, line in enumerate(read_bytes(file).splitlines(), 1):
-                row = parsed(line, f"{file}, line {number}")
-                found.setdefault(_kind(row, file), []).append(row)
-    if paths and not found:
-        raise Refused("DIR: its files of rows are empty; give those that `lss bench` or `lss plan --out` have written.")
+    for file in files:
+        if file.resolve() in seen:
+            raise refuse("DIR", file, "is given twice; give each file once")
+        seen.add(file.resolve())
+        size = file.stat().st_size
+        if size > LARGEST_FILE:
+            raise refuse("DIR", file, f"has {size:,} bytes; a page is made of {LARGEST_FILE:,} at most")
+        for number, line in enumerate(read_bytes(file).splitlines(), 1):
+            row = parsed(line, f"{file}, line {number}")
+            found.setdefault(_kind(row, file), []).append(row)
+    if files and not found:
+        raise refuse("DIR", files[0], "holds no row yet; give files that lss bench or lss plan --out has written to")
     return [Sheet(name, rows) for name, rows in found.items()]
 
 

@@ -16,25 +16,21 @@ MOST_CURVES = 12  # in a plot
 MOST_PLOTS = 8  # of a sheet
 MOST_KEYS = 24  # of rows that are of none of the known kinds
 GIB, MIB = 2**30, 2**20
-# (head, what a row has there) of a bench's table
-BENCH: dict[str, Callable[[Row], Any]] = {
-    "what": lambda row: label(row), "model": lambda row: row.get("model"), "heads": lambda row: row.get("heads"),
-    "dtype": lambda row: row.get("dtype"), "tokens": lambda row: row.get("tokens"),
-    "ranks": lambda row: row.get("world_size"),
-    "ms": lambda row: row.get("ms"), "spread": lambda row: row.get("spread"),
-    "of ideal": lambda row: ratio(row.get("ideal_ms"), row.get("ms")), "tokens/s": lambda row: row.get("tokens_per_s"),
-    "TFLOP/s": lambda row: row.get("tflops"), "MFU": lambda row: row.get("mfu"),
-    "peak GiB": lambda row: ratio(row.get("peak_bytes"), GIB), "sent MiB": lambda row: ratio(row.get("payload_bytes"), MIB),
-    "calls": lambda row: row.get("calls"), "error": lambda row: row.get("error"), "status": lambda row: row.get("status"),
-    "gpu": lambda row: row.get("gpu"), "commit": lambda row: str(row.get("commit") or "")[:8],
+# head of a column: the row's key, or what is computed of the row
+Columns = dict[str, str | Callable[[Row], Any]]
+BENCH: Columns = {
+    "what": lambda row: label(row), "model": "model", "heads": "heads", "dtype": "dtype", "tokens": "tokens",
+    "ranks": "world_size", "ms": "ms", "spread": "spread", "of ideal": lambda row: ratio(row.get("ideal_ms"), row.get("ms")),
+    "tokens/s": "tokens_per_s", "TFLOP/s": "tflops", "MFU": "mfu", "peak GiB": lambda row: ratio(row.get("peak_bytes"), GIB),
+    "sent MiB": lambda row: ratio(row.get("payload_bytes"), MIB), "calls": "calls", "error": "error", "status": "status",
+    "gpu": "gpu", "commit": lambda row: plain(row.get("commit"))[:8],
 }  # fmt: skip
-PLAN: dict[str, Callable[[Row], Any]] = {
-    "what": lambda row: plan_name(row), "devices": lambda row: row.get("gpu"), "ranks": lambda row: row.get("ranks"),
-    "tokens a sequence": lambda row: row.get("seq_len"), "s a step": lambda row: row.get("step_s"),
-    "tokens/s": lambda row: row.get("tokens_per_s"), "MFU": lambda row: row.get("mfu"),
-    "peak GiB": lambda row: ratio(row.get("peak_bytes"), GIB), "room GiB": lambda row: ratio(row.get("room_bytes"), GIB),
-    "host GiB": lambda row: ratio(row.get("host_bytes"), GIB), "fits": lambda row: row.get("fits"),
-    "why not": lambda row: row.get("why"),
+PLAN: Columns = {
+    "what": lambda row: plan_name(row), "devices": "gpu", "ranks": "ranks", "tokens a sequence": "seq_len",
+    "s a step": "step_s", "tokens/s": "tokens_per_s", "MFU": "mfu",
+    "peak GiB": lambda row: ratio(row.get("peak_bytes"), GIB),
+    "room GiB": lambda row: ratio(row.get("room_bytes"), GIB), "host GiB": lambda row: ratio(row.get("host_bytes"), GIB),
+    "fits": "fits", "why not": "why",
 }  # fmt: skip
 
 
@@ -75,9 +71,10 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _table(columns: dict[str, Callable[[Row], Any]], rows: Sequence[Row]) -> str:
+def _table(columns: Columns, rows: Sequence[Row]) -> str:
     """Columns that some row fills."""
-    cells = [[_shown(of(row)) for of in columns.values()] for row in rows[:MOST_ROWS]]
+    shown = rows[:MOST_ROWS]
+    cells = [[_shown(row.get(of) if isinstance(of, str) else of(row)) for of in columns.values()] for row in shown]
     kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
     heads = list(columns)
     left = f"<p>{len(rows) - MOST_ROWS:,} rows more are not shown.</p>" if len(rows) > MOST_ROWS else ""
@@ -128,14 +125,9 @@ def _over_lengths(rows: Sequence[Row], of: Callable[[Row], float | None]) -> tup
 
 def _plans(rows: Sequence[Row]) -> str:
     pictures = [picture for row in rows if (picture := _memory(row)) is not None]
-    parts = list(dict.fromkeys(name for row in rows if isinstance(row.get("seconds"), dict) for name in row["seconds"]))
-    split = ""
-    if parts:
-        columns: dict[str, Callable[[Row], Any]] = {"what": plan_name}
-        for name in parts:
-            columns[f"{name}, s"] = lambda row, name=name: row["seconds"].get(name)
-        split = f"<h3>Seconds of a step</h3>{_table(columns, [r for r in rows if isinstance(r.get('seconds'), dict)])}"
-    return figures(pictures[:MOST_PLOTS]) + _table(PLAN, rows) + split
+    split = [{"what": plan_name(row)} | row["seconds"] for row in rows if isinstance(row.get("seconds"), dict)]
+    seconds = f"<h3>Seconds of a step</h3>{_by_key(split)}" if split else ""
+    return figures(pictures[:MOST_PLOTS]) + _table(PLAN, rows) + seconds
 
 
 def _memory(row: Row) -> str | None:
@@ -183,7 +175,10 @@ def _strategies(rows: Sequence[Row]) -> str:
 
 
 def _anything(rows: Sequence[Row]) -> str:
-    """Rows by their own keys."""
-    flat = [flatten(row) for row in rows]
-    keys = list(dict.fromkeys(key for row in flat for key in row))[:MOST_KEYS]
-    return _table({key: lambda row, key=key: row.get(key) for key in keys}, flat)
+    """Rows by their own keys, nested ones by their paths."""
+    return _by_key([flatten(row) for row in rows])
+
+
+def _by_key(rows: Sequence[Row]) -> str:
+    keys = list(dict.fromkeys(key for row in rows for key in row))[:MOST_KEYS]
+    return _table({key: key for key in keys}, rows)

@@ -123,7 +123,7 @@ def test_what_holds_no_rows_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(Refused, match="no rows of a bench or a plan"):
         build_report([tmp_path / "empty"])
-    with pytest.raises(Refused, match="files of rows are empty"):
+    with pytest.raises(Refused, match="holds no row yet"):
         build_report([written(tmp_path / "none.jsonl", [])])
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"a": 1}\n{"a": \n')

@@ -22,7 +22,7 @@ from lss.bench.candidates import (
     our_candidates,
     rival_candidates,
 )
-from lss.bench.cell import Cell, Run, cut, measure_cells
+from lss.bench.cell import Cell, Run, measure_cells, tokens_at
 from lss.bench.plan import CAPS, DTYPES, AttentionPlan, Heads, own_bound
 from lss.bench.rival import places_of
 from lss.bench.rows import Results, Row, full_row, run_facts
@@ -89,7 +89,7 @@ class AttentionCell(Cell):
             whole, comm = self._inputs["whole"], self.clock.comm
             places = places_of(order, self.tokens, comm.size, comm.rank).to(self.clock.device)
             uncut = whole.q_BTNH, whole.k_BTKH, whole.v_BTKH, whole.dout_BTNH
-            q, k, v, dout = (cut(x, places, self.tokens) for x in uncut)
+            q, k, v, dout = (tokens_at(x, places, self.tokens) for x in uncut)
             for x in (q, k, v):
                 x.requires_grad_()
             self._inputs[order] = Inputs(self.tokens, q, k, v, dout, places)

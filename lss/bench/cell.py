@@ -292,7 +292,7 @@ def measure_cells(
     return new
 
 
-def cut(x: torch.Tensor, places_T: torch.Tensor, tokens: int) -> torch.Tensor:
+def tokens_at(x: torch.Tensor, places_T: torch.Tensor, tokens: int) -> torch.Tensor:
     """The tokens at these places of x (B, tokens, ...); 0 at padding, which places at and beyond the end are."""
     part = x.detach().index_select(1, places_T.clamp(max=tokens - 1))
     return part.masked_fill_((places_T >= tokens).view(-1, *[1] * (x.dim() - 2)), 0)

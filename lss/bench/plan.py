@@ -33,6 +33,19 @@ def own_bound(name: str, own: float, dtype: torch.dtype) -> float:
     return OWN_ERROR_FACTOR * math.hypot(own, once)
 
 
+def sizes_of(option: str, text: str, count: int, form: str) -> list[int]:
+    """N, K and so many sizes of "N/KxSIZExSIZE".
+
+    Raises:
+        Refused: other text, or N no multiple of K.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)" + r"x(\d+)" * count, text)
+    numbers = [int(number) for number in match.groups()] if match else [0]
+    if min(numbers) < 1 or numbers[0] % numbers[1]:
+        raise refuse(option, text, f"write {form} for one, the first a multiple of the second")
+    return numbers
+
+
 @dataclass(frozen=True)
 class Heads:
     """N query heads, K key heads, size H; written "32/8x128"."""
@@ -51,12 +64,7 @@ class Heads:
         Raises:
             Refused: other text, or N no multiple of K.
         """
-        match = re.fullmatch(r"(\d+)/(\d+)x(\d+)", text)
-        numbers = [int(number) for number in match.groups()] if match else [0]
-        if min(numbers) < 1 or numbers[0] % numbers[1]:
-            raise refuse("--heads", text, "write query heads/key heads x size, 32/8x128 for one, the first a multiple of "
-                         "the second")  # fmt: skip
-        return Heads(*numbers)
+        return Heads(*sizes_of("--heads", text, 1, "query heads/key heads x size, 32/8x128"))
 
 
 @dataclass(frozen=True)

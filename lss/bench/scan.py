@@ -7,7 +7,6 @@ turns, on one device and, where there are several ranks, cut. Errors are against
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 
 from lss.bench.candidates import ONE_DEVICE, Candidate
-from lss.bench.cell import Cell, Run, cut, measure_cells
-from lss.bench.plan import CAPS, DTYPES, Heads
+from lss.bench.cell import Cell, Run, measure_cells, tokens_at
+from lss.bench.plan import CAPS, DTYPES, Heads, sizes_of
 from lss.bench.rival import places_of
 from lss.bench.rows import Results, Row, full_row, run_facts
 from lss.bench.timing import Clock, spread_of
@@ -53,12 +52,7 @@ class Sizes:
         Raises:
             Refused: other text, or N no multiple of K.
         """
-        match = re.fullmatch(r"(\d+)/(\d+)x(\d+)x(\d+)", text)
-        numbers = [int(number) for number in match.groups()] if match else [0]
-        if min(numbers) < 1 or numbers[0] % numbers[1]:
-            fit = "write heads/groups x state x size, 32/1x128x64 for one, the first a multiple of the second"
-            raise refuse("--sizes", text, fit)
-        return Sizes(*numbers)
+        return Sizes(*sizes_of("--sizes", text, 2, "heads/groups x state x size, 32/1x128x64"))
 
 
 @dataclass(frozen=True)
@@ -204,7 +198,7 @@ class ScanCell(Cell):
         if key not in self._given:
             whole, comm = self._given[layer, "whole", tokens], self.clock.comm
             places = places_of(order, tokens, comm.size, comm.rank).to(self.clock.device)
-            *leaves, dout = (cut(x, places, tokens) for x in (*whole.leaves, whole.dout))
+            *leaves, dout = (tokens_at(x, places, tokens) for x in (*whole.leaves, whole.dout))
             self._given[key] = Given(tokens, tuple(x.requires_grad_() for x in leaves), dout, places)
         return self._given[key]
 

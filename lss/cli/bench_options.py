@@ -21,19 +21,13 @@ def add_bench(verbs: Any, parser_class: type[argparse.ArgumentParser]) -> None:
     attention.add_argument("--yardsticks", default="", metavar="NAMES",
                            help="kernels on one device to compare with; default every fused one")  # fmt: skip
     attention.add_argument("--kernels", default="auto", metavar="NAMES", help="default auto; flash4,sdpa_cudnn for one")
-    attention.add_argument("--orders", default="head_tail", metavar="NAMES", help="default head_tail")
     attention.add_argument("--options", action="append", default=[], metavar="NAME=VALUE;...",
                            help='one more variant, "head_chunks=8;regather=false" for one; may be repeated')  # fmt: skip
-    attention.add_argument("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)} (default bfloat16; float32)")
-    attention.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default 1)")
-    attention.add_argument("--seconds", type=float, default=30.0, metavar="T",
-                           help="fewer rounds, but 3, for what would take longer than this (default 30)")  # fmt: skip
     attention.add_argument("--check-upto", type=int, default=131072, metavar="S",
                            help="tokens up to which dk and dv are held to float64 too (default 131072)")  # fmt: skip
     attention.add_argument("--graphs-upto", type=int, default=0, metavar="S",
                            help="tokens up to which ours is measured again as CUDA graphs (default 0: never)")  # fmt: skip
-    attention.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default 7)")
-    attention.add_argument("--no-plots", action="store_true", help="write rows only")
+    _layer_arguments(attention)
     _run_arguments(attention)
 
     _add_scan(actions)
@@ -72,15 +66,9 @@ def _add_scan(actions: Any) -> None:
     scan.add_argument("--attention-upto", type=int, default=131072, metavar="S",
                       help="tokens up to which full attention is measured, 0 for never (default 131072)")  # fmt: skip
     scan.add_argument("--kernels", default="auto", metavar="NAMES", help="of the recurrence (default auto)")
-    scan.add_argument("--orders", default="head_tail", metavar="NAMES", help="default head_tail")
-    scan.add_argument("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)} (default bfloat16; float32)")
-    scan.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default 1)")
-    scan.add_argument("--seconds", type=float, default=30.0, metavar="T",
-                      help="fewer rounds, but 3, for what would take longer than this (default 30)")  # fmt: skip
     scan.add_argument("--check-upto", type=int, default=4096, metavar="S",
                       help="tokens at which results are held to float64 at most (default 4096)")  # fmt: skip
-    scan.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default 7)")
-    scan.add_argument("--no-plots", action="store_true", help="write rows only")
+    _layer_arguments(scan)
     _run_arguments(scan, rivals=False)
 
 
@@ -101,6 +89,17 @@ def _add_length(actions: Any) -> None:
                         help="a trial that takes longer has failed (default 3600)")  # fmt: skip
     _run_arguments(length)
     length.add_argument("--trial", default="", help=argparse.SUPPRESS)
+
+
+def _layer_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all benches of one layer take."""
+    parser.add_argument("--orders", default="head_tail", metavar="NAMES", help="default head_tail")
+    parser.add_argument("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)} (default bfloat16; float32)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default 1)")
+    parser.add_argument("--seconds", type=float, default=30.0, metavar="T",
+                        help="fewer rounds, but 3, for what would take longer than this (default 30)")  # fmt: skip
+    parser.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default 7)")
+    parser.add_argument("--no-plots", action="store_true", help="write rows only")
 
 
 def _run_arguments(parser: argparse.ArgumentParser, rivals: bool = True) -> None:

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -27,6 +28,7 @@ from torch import nn
 import lss
 import lss.checkpoint.files as files
 import lss.checkpoint.save as save
+from lss.bench.rows import run_facts
 from lss.checkpoint import Saver
 from lss.checkpoint.digest import PIECE
 from lss.comm import control
@@ -120,7 +122,7 @@ def main() -> None:
     plain, kinds = save.PieceDigest, {kind: list[float]() for kind in KINDS}
     width = 8192 if device.type == "cuda" else 512
     a = torch.randn(width, width, device=device)
-    settled = torch.cuda.synchronize if device.type == "cuda" else int  # a GPU has done what it was given
+    settled = torch.cuda.synchronize if device.type == "cuda" else lambda: None  # a GPU has done what it was given
 
     def compute(times: int) -> float:
         settled()
@@ -183,9 +185,9 @@ def main() -> None:
         "stall_share_beside_a_step": round(middle["background_stall_beside_a_step_s"] / middle["digest_s"], 4),
         "checksum_share_of_best": round(min(kinds["digest"]) / min(kinds["plain"]) - 1, 4),
         "stall_share_of_best": round(min(kinds["background_stall"]) / min(kinds["digest"]), 4),
-        "cpu": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "torch": torch.__version__,
+        "cpu": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
         "threads": torch.get_num_threads(), "step_s": options.step,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        **run_facts(device, 1, " ".join(["python", *sys.argv])),
     }  # fmt: skip
     print(json.dumps(row, indent=1))
     with Path(options.output).open("a") as file:

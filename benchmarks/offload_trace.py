@@ -4,7 +4,7 @@
         --out offload.jsonl --plot offload.svg
 
 One GPU. `exposed_ms` is the time in which a copy between host and GPU ran and no kernel did; `without_ms` is the same step
-with `memory.offload=none`, timed in turn with it (null where that has no memory). The profiler's records are of the GPU
+with `memory.offload=none`, timed after it (null where that has no memory). The profiler's records are of the GPU
 alone, so that they cost the host little. Random tokens.
 """
 
@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 import lss
 from lss.bench.rows import run_facts
 from lss.bench.timing import Clock
-from lss.bench.train_step import config_row, our_step
+from lss.bench.train_step import Step, config_row, our_step
 from lss.comm import cp_communicator
-from lss.config import load_config
+from lss.config import Config, load_config
 
 REPEAT = 3
 LANES = {"kernels": "kernel", "to the host": "DtoH", "to the GPU": "HtoD"}
@@ -95,24 +95,26 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     clock = Clock(cp_communicator(mesh), device)
     config, without = (load_config(path, [*overrides, *more]).resolved(1) for more in ([], ["memory.offload=none"]))
-    times: dict[str, float | None] = {}
-    for name, one in (("with", config), ("without", without)):
-        try:
-            step = our_step(one, lambda cp, dp: mesh, device)
-            step()
-            times[name] = statistics.median(clock.time(step)[0] for _ in range(REPEAT))
-            if name == "with":
-                with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-                    step()
-                    torch.cuda.synchronize()
-                lanes = lanes_of(profiler)
-        except torch.OutOfMemoryError:
-            times[name] = None
-        step = None
-        clock.tidy()
+
+    def timed(one: Config) -> tuple[Step, float]:
+        step = our_step(one, lambda cp, dp: mesh, device)
+        step()
+        return step, statistics.median(clock.time(step)[0] for _ in range(REPEAT))
+
+    step, ms = timed(config)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    lanes = lanes_of(profiler)
+    del step  # its model goes before the next one is made
+    clock.tidy()
+    try:
+        without_ms = timed(without)[1]
+    except torch.OutOfMemoryError:
+        without_ms = None
     kernels, copies = lanes["kernels"], lanes["to the host"] + lanes["to the GPU"]
     row = config_row(config, {}, run_facts(device, 1, " ".join(["python", *sys.argv]))) | {
-        "bench": "offload_trace", "ms": times["with"], "without_ms": times["without"], "kernels_ms": length(kernels),
+        "bench": "offload_trace", "ms": ms, "without_ms": without_ms, "kernels_ms": length(kernels),
         "copies_ms": length(copies), "exposed_ms": outside(copies, kernels),
         "to_host_ms": length(lanes["to the host"]), "to_gpu_ms": length(lanes["to the GPU"]),
     }  # fmt: skip

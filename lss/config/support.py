@@ -55,7 +55,7 @@ FEATURES: dict[str, Feature] = {
 # the choices of `kernel`, everywhere; the kernels themselves are in `lss.kernels.table`, in this order
 KERNEL_CHOICES = ("auto", "sdpa", *(name for name, feature in FEATURES.items() if feature.group == "kernel"))
 # the choices of `scan_kernel`; the kernels themselves are in `lss.kernels.scan_table`, in this order
-SCAN_KERNEL_CHOICES = ("auto", "blocks", "fla")
+SCAN_KERNEL_CHOICES = ("auto", "fla", "blocks")
 _FUSED = ("sdpa_cpu", "sdpa_cudnn", "sdpa_flash")
 _KERNEL = "torch's fused kernels do not compute it; use kernel 'auto' or 'tiled'"
 _FLASH4 = "flash-attn-4 is not asked to compute it here; use kernel 'auto' or 'tiled'"

@@ -15,6 +15,7 @@ the running sum of log decays inside blocks of 64, in powers of 2.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -253,11 +254,17 @@ def backward(dy, q, k, v, g, states, segment: Segment, passing: Passing | None) 
             h, _ = rows.states(k_s, v_s, sums, states[number])
             dh, behind = rows.leaving(q_s, dy_s, sums, behind)
             dv = _functions().dv(q_s, k_s, dy_s, dh, g=sums, scale=1.0, chunk_size=BLOCK)
-            dq, dk, dg = section_gradients(q_s, k_s, v_s, sums, dy_s, h, dh)
+            dq, dk, dg = _gradients(q.device.type)(q_s, k_s, v_s, sums, dy_s, h, dh)
             for grad, part in zip(grads, (dq, dk, dv, dg), strict=True):
                 grad[:, at] = part
         dq, dk, dv, dg = (rows.back(grad) for grad in grads)
         return dq, dk, dv, dg.to(g.dtype)
+
+
+@cache
+def _gradients(device_type: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    # compiled: what stands between its products is read and written once, not by each operation
+    return torch.compile(section_gradients, dynamic=False) if device_type == "cuda" else section_gradients
 
 
 def section_gradients(q, k, v, sums, dy, h, dh) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

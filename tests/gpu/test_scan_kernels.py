@@ -161,6 +161,20 @@ def test_time_and_memory_of_long_sequences(T):
     assert peak <= T * (3 * 32 * 64 * 2 + 2 * 2 * 128 * 2 + 2 * 32 * 4) + 4 * 2**30
 
 
+@needs_fla
+def test_auto_is_the_fastest_that_fits():
+    q, v = (torch.zeros(1, 8, n, 64, device="cuda", dtype=torch.bfloat16) for n in (1, 4))
+    assert pick_scan_kernel("auto", q, v).name == "fla"
+    assert pick_scan_kernel("auto", q.float(), v.float()).name == "blocks"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert pick_scan_kernel("auto", q, v).name == "blocks"
+        with pytest.raises(Refused, match="chosen by timing"):
+            pick_scan_kernel("fla", q, v)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_what_does_not_fit_is_said():
     q, v = torch.zeros(1, 8, 1, 64, device="cuda"), torch.zeros(1, 8, 4, 64, device="cuda")
     assert pick_scan_kernel("auto", q, v).name == "blocks"

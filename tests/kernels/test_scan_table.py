@@ -28,7 +28,7 @@ def test_what_does_not_fit_is_said():
         pick_scan_kernel("fla", *QV)
     with pytest.raises(Refused, match="it runs on CUDA only"):
         pick_scan_kernel("fla", *QV, by_channel=True)
-    with pytest.raises(Refused, match="unknown kernel; use one of auto, blocks, fla"):
+    with pytest.raises(Refused, match="unknown kernel; use one of auto, fla, blocks"):
         pick_scan_kernel("flash", *QV)
     with pytest.raises(Refused, match="it runs on CUDA only"):
         single_scan(QV[0], QV[0], QV[1], QV[1][..., 0], kernel="fla")

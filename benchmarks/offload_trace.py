@@ -69,13 +69,15 @@ def lanes_of(profiler: profile) -> dict[str, Spans]:
 
 
 def plotted(lanes: dict[str, Spans], path: str) -> None:
-    """The lanes over time."""
+    """The lanes over time; gaps of less than a thousandth of it are not drawn."""
     from matplotlib import pyplot
 
-    first = min(start for spans in lanes.values() for start, _ in spans)
+    every = union([span for spans in lanes.values() for span in spans])
+    first, gap = every[0][0], (every[-1][1] - every[0][0]) / 1000
     figure, axes = pyplot.subplots(figsize=(10, 2))
     for row, spans in enumerate(lanes.values()):
-        bars = [((start - first) / 1e6, (end - start) / 1e6) for start, end in union(spans)]
+        near = union([(start, end + gap) for start, end in spans])
+        bars = [((start - first) / 1e6, (end - gap - start) / 1e6) for start, end in near]
         axes.broken_barh(bars, (row - 0.4, 0.8), color=f"C{row}")
     axes.set_yticks(range(len(lanes)), lanes)
     axes.set_xlabel("seconds")

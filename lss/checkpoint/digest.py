@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
@@ -20,9 +22,20 @@ PIECE = 4 << 20
 SMALLEST_PIECE, LARGEST_PIECE = 1 << 20, 64 << 20  # that are read
 
 
-def hashers() -> Executor:
-    """Threads that hash: as many as this rank's share of the cores, 2 to 8. A context."""
-    return ThreadPoolExecutor(min(8, max(2, torch.get_num_threads())), "lss hash")
+def hashers(*, yielding: bool = False) -> Executor:
+    """Threads that hash: as many as this rank's share of the cores, 2 to 8. A context.
+
+    Args:
+        yielding: to whatever else wants the cores (`yield_cores`).
+    """
+    count = min(8, max(2, torch.get_num_threads()))
+    return ThreadPoolExecutor(count, "lss hash", initializer=yield_cores if yielding else None)
+
+
+def yield_cores() -> None:
+    """Let this thread, for as long as it lives, have what time of the cores others leave, where the system knows how."""
+    if hasattr(os, "setpriority") and sys.platform == "linux":  # elsewhere a thread's id is none of a process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 class PieceDigest:

@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lss.checkpoint.digest import PieceDigest, hashers
+from lss.checkpoint.digest import PieceDigest, hashers, yield_cores
 from lss.checkpoint.files import NAMES, flush_folder, write_file, write_tensors
 from lss.checkpoint.find import commit, prune, remove_leftovers, writing_folder
 from lss.checkpoint.layout import TensorLayout, home_of, local_of, name_of, written_pieces
@@ -46,6 +47,9 @@ class Outcome:
     lost: bool = False
 
 
+_Copies = list[tuple[torch.Tensor, torch.Tensor]]
+
+
 @dataclass
 class _Job:
     """What one save writes: tensors of the host by their names in the file, what the manifest says of them, the state."""
@@ -55,7 +59,7 @@ class _Job:
     entries: dict[str, dict[str, dict[str, Any]]]
     state: dict[str, Any]
     ready: Any = None  # on a GPU: when the copies have come
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # on the host: (to, from), still to do
+    copies: _Copies = field(default_factory=list)  # on the host: (to, from), still to do
 
     @property
     def bytes(self) -> int:
@@ -94,6 +98,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._copied = threading.Event()
+        self._copies: _Copies = []
 
     def start(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Begin to save as `step_N` what model and optimizer hold now.
@@ -108,13 +113,18 @@ class Saver:
         job = self._collect(step, model, optimizer, dict(state))
         self._outcome = None
         self._copied.clear()
+        self._copies = job.copies
         # a daemon: a run that fails must not wait for a save that cannot end
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save of step {step}", daemon=True)
         self._thread.start()
 
     def copied(self) -> None:
-        """Wait until a save in the background has the values of its step; weights and optimizer may change from then on."""
+        """Wait until a save in the background has the values of its step; weights and optimizer may change from then on.
+
+        What its thread, which leaves the cores to training, has not copied yet is copied here.
+        """
         if self._thread is not None and self._background:
+            _copy(self._copies)
             self._copied.wait()
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
@@ -178,6 +188,8 @@ class Saver:
     def _run(self, job: _Job) -> None:
         path = self.folder / f"step_{job.step}"
         try:
+            if self._background:  # a step that computes beside it comes first
+                yield_cores()
             try:
                 _copy(job.copies)
             finally:
@@ -229,7 +241,9 @@ class Saver:
         rank, world = self._control.rank, self._control.size
         shares = {tensor_file(kind, rank, world): tensors for kind, tensors in job.tensors.items() if tensors}
         # both files at once, and each in pieces: one core hashes about as fast as a good disk writes, two are faster
-        with hashers() as pool, ThreadPoolExecutor(len(KINDS)) as writers:
+        yields = self._background
+        aside_of_training = ThreadPoolExecutor(len(KINDS), initializer=yield_cores if yields else None)
+        with hashers(yielding=yields) as pool, aside_of_training as writers:
             written = {name: writers.submit(write_tensors, aside / name, tensors, PieceDigest(pool))
                        for name, tensors in shares.items()}  # fmt: skip
         return {name: file_facts(*done.result()) for name, done in written.items()}
@@ -252,10 +266,10 @@ class Saver:
         prune(self.folder, self._keep, self._keep_every)
 
 
-def _copy(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy on the host, and let the originals go."""
-    with torch.no_grad():
-        while copies:
+def _copy(copies: _Copies) -> None:
+    """Copy on the host, and let the originals go. Several threads may do it together: each takes one at a time."""
+    with torch.no_grad(), suppress(IndexError):  # none is left
+        while True:
             held, box = copies.pop()
             held.copy_(box)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
 
 import torch
 
+import lss.checkpoint.digest as digest
 import lss.checkpoint.files as files
 import lss.checkpoint.save as save
 from lss.checkpoint.layout import home_of, local_of
@@ -99,6 +101,52 @@ def late_copy(ranks: int, out: str):
         save._copy = copy
         handle.remove()
     return returned_first, then, everything(trainer)
+
+
+def helped_copies(ranks: int, out: str):
+    """A save whose thread gets no time: whether what waits for the copies makes them, and still waits for the thread."""
+    trainer = trainer_of(ranks, out, ["checkpoint.background=true"])
+    trainer.train_step(1)
+    then, given, yield_cores, saver = everything(trainer), threading.Event(), save.yield_cores, trainer.saving._saver
+    save.yield_cores = given.wait
+    try:
+        trainer.save(1)
+        waiting = threading.Thread(target=saver.copied)
+        waiting.start()
+        until = time.monotonic() + 30
+        while saver._copies and time.monotonic() < until:
+            time.sleep(0.01)
+        waiting.join(0.2)
+        found = not saver._copies, waiting.is_alive()
+        given.set()
+        waiting.join()
+        trainer.train_step(2)
+        trainer.finish_saves()
+    finally:
+        given.set()
+        save.yield_cores = yield_cores
+    return *found, then
+
+
+def priorities(ranks: int, out: str, background: bool):
+    """The nice values of the threads that write and hash a save, and that of the one that trains, after it."""
+    trainer, found = trainer_of(ranks, out, [f"checkpoint.background={str(background).lower()}"]), set()
+    write, hashed = files.write_bytes, digest._hash
+
+    def noted(of):
+        def call(*args):
+            found.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            return of(*args)
+
+        return call
+
+    files.write_bytes, digest._hash = noted(write), noted(hashed)
+    try:
+        trainer.save(0)
+        trainer.finish_saves()
+    finally:
+        files.write_bytes, digest._hash = write, hashed
+    return found, os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 def no_copies(ranks: int, out: str):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+import pytest
 import torch
 
 from lss.checkpoint import read_weights, verify
-from tests.checkpoint.jobs import late_copy, late_save, no_copies
+from tests.checkpoint.jobs import helped_copies, late_copy, late_save, no_copies, priorities
 from tests.distributed.pool import pool
 
 
@@ -32,6 +36,21 @@ def test_the_update_waits_for_copies_that_are_late(tmp_path):
     for name, weight in read_weights(checkpoint).items():
         assert torch.equal(weight, then[f"weights {name}"]), name
         assert not torch.equal(weight, later[f"weights {name}"]), name
+
+
+def test_what_the_saving_thread_has_had_no_time_to_copy_the_update_copies(tmp_path):
+    results = pool(2).run(helped_copies, 2, str(tmp_path / "run"))
+    assert [(helped, waits) for helped, waits, _ in results] == [(True, True)] * 2
+    weights = dict(read_weights(verify(tmp_path / "run" / "checkpoints" / "step_1")))
+    assert weights
+    assert all(torch.equal(weight, results[0][2][f"weights {name}"]) for name, weight in weights.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
+def test_a_save_in_the_background_leaves_the_cores_to_training(tmp_path):
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    for background, nice in ((False, usual), (True, 19)):
+        assert pool(2).run(priorities, 2, str(tmp_path / str(background)), background) == [({nice}, usual)] * 2
 
 
 def test_a_synchronous_save_copies_nothing(tmp_path):

@@ -436,6 +436,13 @@ MUTANTS = (
         ("tests/checkpoint/test_background.py",),
     ),
     Mutant(
+        "stale async save: the update does not wait for the copy that the thread is at",
+        "lss/checkpoint/save.py",
+        "            self._copied.wait()",
+        "            pass",
+        ("tests/checkpoint/test_background.py",),
+    ),
+    Mutant(
         "loader state of rank 0 only",
         "lss/train/saving.py",
         'self._loader.resume(newest.step, state["loader"])',

@@ -98,9 +98,9 @@ class Stack:
     blocks: int
     n_heads: int
 
-    def outputs_kept(self, x_BTD: torch.Tensor, room: int) -> int:
-        """How many blocks' attention has room for its output and lse where the inputs of all blocks find theirs."""
-        tokens, dtype = x_BTD.shape[0] * x_BTD.shape[1], compute_dtype(x_BTD)
+    def outputs_kept(self, x_BTD: torch.Tensor, room: int, dtype: torch.dtype) -> int:
+        """How many blocks' attention has room for its output, of `dtype`, and lse where the inputs of all find theirs."""
+        tokens = x_BTD.shape[0] * x_BTD.shape[1]
         lse = tokens * self.n_heads * torch.promote_types(dtype, torch.float32).itemsize
         left = room - self.blocks * x_BTD.numel() * x_BTD.element_size()
         return max(0, left // (x_BTD.numel() * dtype.itemsize + lse))
@@ -148,7 +148,7 @@ class _Recomputing(Pieces):
             return self._full
         if x_BTD.numel() * x_BTD.element_size() < offloader.least_bytes:
             return False
-        kept = min(stack.outputs_kept(x_BTD, offloader.room), stack.blocks)
+        kept = min(stack.outputs_kept(x_BTD, offloader.room, compute_dtype(x_BTD)), stack.blocks)
         offloader.again = stack.blocks - kept
         return layer >= kept
 

@@ -145,6 +145,11 @@ def draw(
     steps, rounds = by_depth(
         config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces
     )
+    return drawn_out(steps, rounds)
+
+
+def drawn_out(steps: list[Drawn], rounds: float) -> Drawn:
+    """The step that those of `by_depth` make."""
     if len(steps) == 1:
         return steps[0]
     few, more = steps
@@ -156,7 +161,7 @@ def draw(
     peak = replace(more.peak, bytes=whole(few.peak.bytes, more.peak.bytes), classes=classes,
                    host=whole(few.peak.host, more.peak.host))  # fmt: skip
     products = few.products + (more.products - few.products) * rounds
-    return Drawn(peak, products, _by_call(whole, few.collectives, more.collectives))
+    return Drawn(peak, products, by_call(whole, few.collectives, more.collectives))
 
 
 def by_depth(
@@ -193,7 +198,8 @@ def _by_name(of: Callable[[int, int], int], a: dict[str, int], b: dict[str, int]
     return {name: of(a.get(name, 0), b.get(name, 0)) for name in a | b}
 
 
-def _by_call(of: Callable[[int, int], int], a: _Calls, b: _Calls) -> _Calls:
+def by_call(of: Callable[[int, int], int], a: _Calls, b: _Calls) -> _Calls:
+    """Each number of the collectives of two steps, as `of` has it of theirs."""
     none, found = Tally(), {}
     for call in a | b:
         x, y = a.get(call, none), b.get(call, none)
@@ -381,4 +387,4 @@ def _line(less: Drawn, more: Drawn, factor: float, logits: int) -> Drawn:
         classes = {name: drawn(n, more.peak.classes.get(name, n)) for name, n in less.peak.classes.items()}
         peak = replace(more.peak, bytes=sum(classes.values()), classes=classes, host=drawn(less.peak.host, more.peak.host))
     products = less.products + factor * (more.products - less.products)
-    return Drawn(peak, products, _by_call(drawn, less.collectives, more.collectives), ledger)
+    return Drawn(peak, products, by_call(drawn, less.collectives, more.collectives), ledger)

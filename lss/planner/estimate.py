@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 
 from lss.config import Config
 from lss.config.errors import refuse
 from lss.planner.curve import Curve, curve_of
-from lss.planner.drawn import SHORT, Drawn, Traces, by_depth, draw
+from lss.planner.drawn import SHORT, Drawn, Traces, by_depth, draw, drawn_out
+from lss.planner.host_room import again_share, room_of, within, without_room
 from lss.planner.ledger import Peak
 from lss.planner.remedies import parts, remedies, size
 from lss.tiled import LOGITS_BYTES, PART_OF_GPU, tile_budget
@@ -16,7 +20,7 @@ from lss.train.memory import host_state_bytes, sequence_bytes, state_bytes
 
 def step_drawn(
     config: Config, *, device: torch.device | None = None, granularity: int = 1, memory: int | None = None,
-    ranks_per_node: int | None = None, traces: Traces | None = None,
+    ranks_per_node: int | None = None, traces: Traces | None = None, host: float = math.inf,
 ) -> Drawn:
     """A step of rank 0, drawn out from short traces of two and three blocks.
 
@@ -30,27 +34,39 @@ def step_drawn(
         memory: bytes of a GPU that is not here, in place of `device`.
         ranks_per_node: neighbours that share a host; all by default.
         traces: those that earlier plans took.
+        host: bytes of host memory for each device that is not here; of one that is, "auto" is taken for enough.
 
     Raises:
         Refused: what the layout refuses.
     """
     logits, kernel = _logits(config, device, memory), _kernel(device, memory)
-    return draw(config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces)
+
+    def drawn(config: Config) -> Drawn:
+        return draw(config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces)
+
+    return within(config, room_of(config, host), drawn)
 
 
 def curve_drawn(
     config: Config, *, device: torch.device | None = None, granularity: int = 1, memory: int | None = None,
-    ranks_per_node: int | None = None, traces: Traces | None = None,
+    ranks_per_node: int | None = None, traces: Traces | None = None, host: float = math.inf,
 ) -> Curve:  # fmt: skip
     """Memory over the moments of the step that `step_drawn` draws, by the same arguments and from the same traces.
 
     Raises:
-        Refused: what the layout refuses; or a length of which only the peak is drawn out, see `Drawn.ledger`.
+        Refused: what the layout refuses; a length of which only the peak is drawn out, see `Drawn.ledger`; or host memory
+            without room for all that is kept there.
     """
-    logits, kernel = _logits(config, device, memory), _kernel(device, memory)
-    steps, rounds = by_depth(
-        config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces
-    )
+    logits, kernel, room = _logits(config, device, memory), _kernel(device, memory), room_of(config, host)
+
+    def drawn(config: Config) -> tuple[list[Drawn], float]:
+        return by_depth(config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces)
+
+    open_ended = replace(config, memory=replace(config.memory, offload_gib="auto"))
+    steps, rounds = drawn(open_ended)
+    if again_share(config, room) or without_room(config, room, drawn_out(steps, rounds)):
+        fit = f"host memory of {size(room or 0)} has no room for all that is kept there, of which blocks differ"
+        raise refuse("memory.offload_gib", config.memory.offload_gib, f"{fit}; plan without a picture, or give more")
     ledgers = [step.ledger for step in steps if step.ledger is not None]
     if len(ledgers) < len(steps):
         assert isinstance(config.parallel.cp, int)

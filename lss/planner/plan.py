@@ -19,6 +19,7 @@ from lss.planner.drawn import Traces, count_chunks
 from lss.planner.estimate import curve_drawn, step_drawn
 from lss.planner.exchange import Collectives, seconds_of
 from lss.planner.hardware import HOST_BANDWIDTH, Hardware, attention_rate
+from lss.planner.host_room import again_share, room_of
 from lss.planner.ledger import Peak
 from lss.segment import make_segment
 from lss.segment.documents import scores_seen
@@ -91,7 +92,7 @@ def make_plan(config: Config, hardware: Hardware, traces: Traces | None = None) 
     per_host = min(hardware.per_host, _ranks(config))
     step = step_drawn(
         config, granularity=1 if hardware.cpu else GRANULARITY, memory=None if hardware.cpu else int(hardware.memory),
-        ranks_per_node=per_host, traces=traces,
+        ranks_per_node=per_host, traces=traces, host=_host(hardware),
     )
     peak, calls, cp = step.peak, step.collectives, config.parallel.cp
     assert isinstance(cp, int)
@@ -118,18 +119,25 @@ def plan_curve(config: Config, hardware: Hardware, traces: Traces | None = None)
     config = replace(config, data=replace(config.data, packing=False))
     per_host = min(hardware.per_host, _ranks(config))
     return curve_drawn(
-        config, granularity=GRANULARITY, memory=int(hardware.memory), ranks_per_node=per_host, traces=traces
+        config, granularity=GRANULARITY, memory=int(hardware.memory), ranks_per_node=per_host, traces=traces,
+        host=_host(hardware),
     )
 
 
 def attention_seconds(config: Config, hardware: Hardware) -> float:
     """Seconds of a step's scores and values of the rank that has most; no trace is needed."""
-    return _attention_flops(config) / attention_rate(hardware, _head_size(config), config.data.seq_len)
+    again = 1.0 if config.memory.checkpointing == "full" else again_share(config, room_of(config, _host(hardware)))
+    return _attention_flops(config, again) / attention_rate(hardware, _head_size(config), config.data.seq_len)
 
 
 def _ranks(config: Config) -> int:
     assert isinstance(config.parallel.cp, int)
     return config.parallel.cp * config.parallel.dp
+
+
+def _host(hardware: Hardware) -> float:
+    """Bytes of host memory beside a device's own: a CPU, which has none, is given what is asked for, and does not fit."""
+    return math.inf if hardware.cpu else hardware.host
 
 
 def _head_size(config: Config) -> int:
@@ -155,11 +163,11 @@ def _scores(config: Config) -> float:
     return scores - (len(attending) * S / 2 if causal and not model.windows else 0)
 
 
-def _attention_flops(config: Config) -> float:
-    """Forward and backward of the rank that has most, with what checkpointing computes again."""
+def _attention_flops(config: Config, again: float) -> float:
+    """Forward and backward of the rank that has most, and once more forward of the part of blocks that computes it again."""
     cp, S = config.parallel.cp, config.data.seq_len
     assert isinstance(cp, int)
-    units = 3.5 + (1.0 if config.memory.checkpointing == "full" else 0.0)
+    units = 3.5 + again
     share = 1.0 / cp
     if config.parallel.strategy == "ulysses":  # a head is computed whole
         share = math.ceil(config.model.n_heads / cp) / config.model.n_heads

@@ -8,9 +8,12 @@ import re
 import pytest
 import torch
 
-from lss.config import load_config
+from lss.config import Refused, load_config
 from lss.hosts import all_memory
 from lss.planner import Ledger, estimate, trace_step, warning
+from lss.planner.drawn import Drawn
+from lss.planner.estimate import curve_drawn, step_drawn
+from lss.planner.host_room import again_share, room_of
 from lss.planner.ledger import stretch
 from lss.train.metrics import read_metrics
 from tests.faults.ranks import Run
@@ -38,6 +41,26 @@ def test_drawn_out_is_what_the_whole_length_takes(name):
     assert found.host == pytest.approx(whole.host, rel=0.1)
     largest = max(whole.classes, key=whole.classes.__getitem__)
     assert found.classes[largest] == pytest.approx(whole.classes[largest], rel=0.2)
+
+
+# MiB: four inputs take 64, and an attention's output with its lse 17
+@pytest.mark.parametrize("room, kept", [(200, 4), (103, 2), (70, 0), (40, 0)])
+def test_a_bounded_room_in_host_memory_is_counted_as_a_run_has_it(room, kept):
+    overrides = ["data.seq_len=65536", "model.n_layers=4", "memory.checkpointing=attention", "memory.offload=host"]
+    config = load_config(None, [*LONG, *overrides, f"memory.offload_gib={room / 1024}"]).resolved(2)
+    assert again_share(config, room_of(config)) == 1 - kept / 4
+    found, whole = step_drawn(config), Drawn.of(trace_step(config))
+    assert whole.peak.host == pytest.approx((64 + 17 * kept if room >= 64 else 32) * 2**20, rel=0.01)
+    assert found.peak.host == pytest.approx(min(room * 2**20, whole.peak.host), rel=0.25 if room < 64 else 0.05)
+    assert found.peak.bytes == pytest.approx(whole.peak.bytes, rel=0.1)
+    assert found.payload == whole.payload
+    assert found.products == pytest.approx(whole.products, rel=1e-9)
+
+
+def test_no_picture_is_drawn_of_blocks_that_differ():
+    overrides = ["data.seq_len=65536", "memory.checkpointing=attention", "memory.offload=host", "memory.offload_gib=0.05"]
+    with pytest.raises(Refused, match=r"memory\.offload_gib=0\.05: host memory of .* has no room"):
+        curve_drawn(load_config(None, [*LONG, *overrides]).resolved(2))
 
 
 def test_what_a_cache_keeps_beyond_a_step_does_not_tell_two_steps_apart():

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -34,8 +33,9 @@ def hashers(*, yielding: bool = False) -> Executor:
 
 def yield_cores() -> None:
     """Let this thread, for as long as it lives, have what time of the cores others leave, where the system knows how."""
-    if hasattr(os, "setpriority") and sys.platform == "linux":  # elsewhere a thread's id is none of a process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    if hasattr(os, "SCHED_IDLE"):
+        with suppress(OSError):  # a container may forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # 0: of the thread that calls
 
 
 class PieceDigest:

@@ -54,7 +54,7 @@ def plan(options: argparse.Namespace) -> int:
     if picture is not None or folder is not None:
         curve = plan_curve(config, hardware, traces)
         if picture is not None:
-            write_picture(picture, curve, hardware, found.peak.bytes)
+            write_picture(picture, curve, hardware)
         if folder is not None:
             write_plans(folder, [plan_row(config, found, split_config(options.config)[1], curve=curve)])
     return 0 if found.fits else 1

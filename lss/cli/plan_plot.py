@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from lss.planner import Curve, Hardware
 
 FORMS = (".svg", ".png")
-NEAR = 0.01
 
 
 def picture_file(name: str) -> Path:
@@ -30,16 +29,13 @@ def picture_file(name: str) -> Path:
     return path
 
 
-def write_picture(path: Path, curve: Curve, hardware: Hardware, planned: int) -> None:
+def write_picture(path: Path, curve: Curve, hardware: Hardware) -> None:
     """Draw memory over the moments of a step, and say where the picture is.
-
-    Where it is higher than the planned bytes by more than their `NEAR`, that is said too.
 
     Raises:
         Refused: matplotlib is missing, or the file cannot be written.
     """
     from lss.planner.curve import ON_DEVICE
-    from lss.planner.remedies import size
     from lss.report.plots import stack_plot
 
     layers = {name: (curve.of(name) / 2**30).tolist() for name in ON_DEVICE}
@@ -50,6 +46,3 @@ def write_picture(path: Path, curve: Curve, hardware: Hardware, planned: int) ->
     except OSError as error:
         raise refuse("--plot", str(path), f"cannot be written ({error.strerror}); name another file") from error
     print(f"written: {path}")
-    if curve.peak > (1 + NEAR) * planned:
-        print(f"its highest point is {size(curve.peak)}, above the plan's peak, which is drawn out from models that peak at "
-              "another moment; believe the picture")  # fmt: skip

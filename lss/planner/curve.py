@@ -15,7 +15,7 @@ from itertools import groupby
 
 import torch
 
-from lss.planner.ledger import CLASSES, Ledger
+from lss.planner.ledger import CLASSES, Ledger, Peak
 
 ON_DEVICE = tuple(name for name in CLASSES if name != "host")
 # operation, bytes by class; of what ends together, in whatever order: no operation, and bytes below 0
@@ -51,14 +51,22 @@ class Curve:
         return self.live[:, ON_DEVICE.index(name)]
 
 
+    def highest(self) -> Peak:
+        """The first moment of most bytes, without an operation's name and the host's part."""
+        at = int(self.total.argmax())
+        (name,) = [name for name, first in self.parts if first <= at][-1:] or ["forward"]
+        found = dict(zip(ON_DEVICE, self.live[at].tolist(), strict=True))
+        classes = {label: n for label, n in sorted(found.items(), key=lambda one: -one[1]) if n}
+        return Peak(self.peak, "forward" if name == "loss" else name, "", classes, 0)
+
+
 def curve_of(ledgers: Sequence[Ledger], rounds: float = 0.0) -> Curve:
     """The curve of a step that was traced whole; or of one drawn out from those of two and of three rounds of blocks.
 
-    At a moment that both have, a class has v_2 + rounds (v_3 - v_2) bytes, where v_2 and v_3 are theirs. The planned peak is
-    as far along the line through both steps' peaks: the same number where these are at one moment. Two things part them.
-    Where a deeper model peaks at another moment than one of two or three blocks (short sequences, as gradients add up), the
-    curve is the higher, and right. And what was there before the step may end in one trace and not in the other, by what
-    caches keep: it then stays to the end, of a few KiB to a MiB.
+    At a moment that both have, a class has v_2 + rounds (v_3 - v_2) bytes, where v_2 and v_3 are theirs. A deeper model may
+    peak at another moment than one of two or three blocks (short sequences, as gradients add up); this is where the plan's
+    peak is read. What was there before the step may end in one trace and not in the other, by what caches keep: it then
+    stays to the end, of a few KiB to a MiB.
 
     Args:
         ledgers: one, or two of models that differ by a round of blocks.

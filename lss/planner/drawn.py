@@ -21,6 +21,7 @@ from lss.comm.counter import Tally
 from lss.config import Config
 from lss.context_parallel import count_head_chunks, count_inner, count_token_chunks, pick_regather
 from lss.offload.saved import LEAST_BYTES
+from lss.planner.curve import curve_of
 from lss.planner.fakes import QuickFakes
 from lss.planner.ledger import Ledger, Peak, stretch
 from lss.planner.trace import StepTrace
@@ -157,9 +158,12 @@ def drawn_out(steps: list[Drawn], rounds: float) -> Drawn:
     def whole(a: int, b: int) -> int:
         return round(a + max(0, b - a) * rounds)
 
-    classes = _by_name(whole, few.peak.classes, more.peak.classes)
-    peak = replace(more.peak, bytes=whole(few.peak.bytes, more.peak.bytes), classes=classes,
-                   host=whole(few.peak.host, more.peak.host))  # fmt: skip
+    host = whole(few.peak.host, more.peak.host)
+    if few.ledger is not None and more.ledger is not None:
+        peak = replace(curve_of((few.ledger, more.ledger), rounds).highest(), host=host)
+    else:  # the peaks themselves are drawn out
+        classes = _by_name(whole, few.peak.classes, more.peak.classes)
+        peak = replace(more.peak, bytes=whole(few.peak.bytes, more.peak.bytes), classes=classes, host=host)
     products = few.products + (more.products - few.products) * rounds
     return Drawn(peak, products, by_call(whole, few.collectives, more.collectives))
 

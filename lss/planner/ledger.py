@@ -36,7 +36,7 @@ class Peak:
     Attributes:
         bytes: all that is live.
         phase: "forward", "backward" or "update".
-        operation: the operator that made the last of it.
+        operation: the operator that made the last of it; "" of a step that was drawn out from those of few blocks.
         classes: bytes by class of `CLASSES`, the largest first, "host" apart.
         host: most bytes of host memory at any time.
     """

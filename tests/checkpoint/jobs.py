@@ -128,14 +128,14 @@ def helped_copies(ranks: int, out: str):
     return *found, then
 
 
-def priorities(ranks: int, out: str, background: bool):
-    """The nice values of the threads that write and hash a save, and that of the one that trains, after it."""
+def policies(ranks: int, out: str, background: bool):
+    """How the system schedules the threads that write and hash a save, and the one that trains, after it."""
     trainer, found = trainer_of(ranks, out, [f"checkpoint.background={str(background).lower()}"]), set()
     write, hashed = files.write_bytes, digest._hash
 
     def noted(of):
         def call(*args):
-            found.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            found.add(os.sched_getscheduler(0))
             return of(*args)
 
         return call
@@ -146,7 +146,7 @@ def priorities(ranks: int, out: str, background: bool):
         trainer.finish_saves()
     finally:
         files.write_bytes, digest._hash = write, hashed
-    return found, os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    return found, os.sched_getscheduler(0)
 
 
 def no_copies(ranks: int, out: str):

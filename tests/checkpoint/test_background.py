@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
 
 from lss.checkpoint import read_weights, verify
-from tests.checkpoint.jobs import helped_copies, late_copy, late_save, no_copies, priorities
+from tests.checkpoint.jobs import helped_copies, late_copy, late_save, no_copies, policies
 from tests.distributed.pool import pool
 
 
@@ -46,11 +45,11 @@ def test_what_the_saving_thread_has_had_no_time_to_copy_the_update_copies(tmp_pa
     assert all(torch.equal(weight, results[0][2][f"weights {name}"]) for name, weight in weights.items())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="a thread can be scheduled behind all others on Linux alone")
 def test_a_save_in_the_background_leaves_the_cores_to_training(tmp_path):
-    usual = os.getpriority(os.PRIO_PROCESS, 0)
-    for background, nice in ((False, usual), (True, 19)):
-        assert pool(2).run(priorities, 2, str(tmp_path / str(background)), background) == [({nice}, usual)] * 2
+    usual = os.sched_getscheduler(0)
+    for background, policy in ((False, usual), (True, os.SCHED_IDLE)):
+        assert pool(2).run(policies, 2, str(tmp_path / str(background)), background) == [({policy}, usual)] * 2
 
 
 def test_a_synchronous_save_copies_nothing(tmp_path):

@@ -19,6 +19,7 @@ from lss.report.tabled import section
 from lss.report.template import PAGE
 
 LAST_ROWS = 50
+NAMED = 4  # in the title; each stands over its own section too
 FEW = 12  # facts that stand open; a longer list is folded
 # the facts worth a line under the title, where run.json has them: (words around the value, path)
 LEDE = (
@@ -65,7 +66,9 @@ def build_report(folders: Sequence[Path], output: Path | None = None) -> Path:
 
 def _page(runs: Sequence[Run], sheets: Sequence[Sheet]) -> str:
     words = [f"Run{'s' if len(runs) > 1 else ''} " + ", ".join(run.name for run in runs)] if runs else []
-    title = html.escape(" · ".join([*words, *(sheet.name for sheet in sheets)]))
+    names = [*words, *(sheet.name for sheet in sheets)]
+    more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
+    title = html.escape(" · ".join([*names[:NAMED], *more]))
     body = "\n".join([*(_of_runs(runs) if runs else []), *map(section, sheets)])
     return PAGE.substitute(title=title, body=f"<h1>{title}</h1>\n{body}")
 

@@ -20,7 +20,7 @@ import torch
 from lss.comm.counter import Tally
 from lss.config import Config
 from lss.context_parallel import count_head_chunks, count_inner, count_token_chunks, pick_regather
-from lss.offload.saved import LEAST_BYTES
+from lss.offload.saved import EARLY_BYTES, LATE_BYTES, LEAST_BYTES
 from lss.planner.curve import curve_of
 from lss.planner.fakes import QuickFakes
 from lss.planner.ledger import Ledger, Peak, stretch
@@ -340,14 +340,19 @@ def _of_length(config: Config, way: _Way) -> Callable[[], Drawn]:
 
 
 def _layer_bytes(config: Config, tokens: int) -> int:
-    """What a block keeps in host memory, a power of 2, so that traces serve many lengths; 0 where nothing goes there."""
+    """What a block keeps in host memory, or the bound below which it comes back as such a block does; 0 for nothing there.
+
+    By bounds and not by bytes, traces serve many lengths.
+    """
     model, memory = config.model, config.memory
     if memory.offload == "none":
         return 0
     wide = parameter_dtype(config.train.dtype).itemsize
     half = 2 if config.train.dtype == "bfloat16" else wide
     stream = half if model.residual == "compute" else wide
-    return 1 << (tokens * model.d_model * (stream + (half if memory.checkpointing == "attention" else 0))).bit_length() - 1
+    of_attention = model.d_model * half + model.n_heads * max(4, half) if memory.checkpointing == "attention" else 0
+    kept = tokens * (model.d_model * stream + of_attention)
+    return next((bound for bound in (EARLY_BYTES, LATE_BYTES) if kept <= bound), LATE_BYTES + 1)
 
 
 def _tiles(config: Config, rows: int, tokens: int, logits: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lss.hosts import out_of_memory
+from lss.planner.fused import is_outside, makes_fused, reads_fused
 
 # in the order in which they are shown
 CLASSES = {
@@ -69,6 +70,7 @@ class _Piece:
     bytes: int
     label: str
     phase: str
+    fused: bool = False  # as far as is known, never written
 
 
 @dataclass
@@ -85,6 +87,7 @@ class Ledger(TorchDispatchMode):
             MemoryError; 0 for any number.
         most_logits: bytes of logits that count at most at any time, 0 for all: a compiled softmax makes no more than the
             product and its gradient, however many tensors the same makes that is not compiled.
+        fuses: leave out what `torch.compile` would not write (`lss.planner.fused`), of what forward and backward make.
         on_operation: called with each operation, its arguments and its outputs.
     """
 
@@ -92,6 +95,7 @@ class Ledger(TorchDispatchMode):
     vocabulary: int = 0
     limit: int = 0
     most_logits: int = 0
+    fuses: bool = False
     phase: str = "before"
     shortage: Shortage | None = None
     on_operation: Callable[[Any, Any, Any, Any], None] | None = None
@@ -125,6 +129,7 @@ class Ledger(TorchDispatchMode):
                 if piece.phase == "forward" and piece.label == "temporary":
                     piece.label = "activations"
         self.phase = phase
+        self._written(self._alive)
 
     def add(self, kind: str, purpose: str, payload: torch.Tensor, link: str | None = None) -> None:
         """A collective's buffer, by its purpose; as a listener of `lss.comm`."""
@@ -143,6 +148,8 @@ class Ledger(TorchDispatchMode):
             raise
         if func is _DEVICE:
             return out
+        if self.fuses and not reads_fused(func):
+            self._written(self._alive if is_outside(func) else map(_key, _tensors((args, kwargs))))
         for x in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(x, torch.Tensor):
                 self._note(x, func, None)
@@ -154,13 +161,14 @@ class Ledger(TorchDispatchMode):
         tensor = getattr(tensor, "_local_tensor", tensor)  # a distributed tensor's own part
         if not isinstance(tensor, torch._subclasses.FakeTensor) and tensor.device.type == "meta":
             return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        storage, key = tensor.untyped_storage(), _key(tensor)
         number = self._alive.get(key)
         if number is None:
             number = len(self._pieces)
             size = -(-storage.nbytes() // self.granularity) * self.granularity
-            self._pieces[number] = _Piece(size, label or self._guess(tensor), self.phase)
+            fused = self.fuses and label is None and self.phase in ("forward", "backward") and makes_fused(operation)
+            label = label or self._guess(tensor)
+            self._pieces[number] = _Piece(size, label, self.phase, fused and label == "temporary")
             self._alive[key] = number
             self._events.append((number, self.phase, str(operation)))
             weakref.finalize(storage, self._gone, key, number)
@@ -169,6 +177,13 @@ class Ledger(TorchDispatchMode):
                 raise MemoryError(f"out of memory: {self._live:,} bytes are live and {self.limit:,} may be")
         elif label is not None:
             self._pieces[number].label = label
+            self._written([key])
+
+    def _written(self, keys: Iterable[int]) -> None:
+        """What has these storages is in memory."""
+        for key in list(keys):
+            if key in self._alive:
+                self._pieces[self._alive[key]].fused = False
 
     def _guess(self, tensor: torch.Tensor) -> str:
         if not self.vocabulary or tensor.dim() != 2:
@@ -214,6 +229,8 @@ class Ledger(TorchDispatchMode):
         """
         for number, phase, operation in self._events:
             piece = self._pieces[number if number >= 0 else ~number]
+            if piece.fused:
+                continue
             if number >= 0:
                 yield phase, operation, piece.label, piece.bytes
             else:
@@ -248,6 +265,14 @@ class Ledger(TorchDispatchMode):
         return Peak(best, phase, operation, ordered, host)
 
 
+def _key(tensor: torch.Tensor) -> int:
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()._cdata
+
+
+def _tensors(of: Any) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(of) if isinstance(x, torch.Tensor)]
+
+
 def stretch(short: Ledger, long: Ledger, factor: float, logits: int) -> Ledger:
     """The ledger of a step of another length, from those of two that make the same allocations in the same order.
 
@@ -270,7 +295,8 @@ def stretch(short: Ledger, long: Ledger, factor: float, logits: int) -> Ledger:
     found = Ledger(short.granularity, short.vocabulary, most_logits=long.most_logits)
     for number, piece in short._pieces.items():
         size = round(piece.bytes + factor * (long._pieces[number].bytes - piece.bytes))
-        found._pieces[number] = _Piece(min(size, logits) if piece.label == "logits" else size, piece.label, piece.phase)
+        size = min(size, logits) if piece.label == "logits" else size
+        found._pieces[number] = replace(piece, bytes=size)
     found._events = list(events)
     return found
 

@@ -34,7 +34,7 @@ class Request:
 
     def take(self, fakes: QuickFakes) -> tuple[Ledger, StepTrace]:
         """The trace, and its ledger."""
-        ledger = Ledger(self.granularity, self.config.model.vocab_size)
+        ledger = Ledger(self.granularity, self.config.model.vocab_size, fuses=self.config.train.compile)
         how = {"granularity": self.granularity, "ranks_per_node": self.ranks_per_node, "stands_for": self.stands_for}
         return ledger, trace_step(self.config, ledger=ledger, fakes=fakes, **how)
 

@@ -33,6 +33,8 @@ RUNGS = (("none", "none"), ("attention", "none"), ("attention", "host"), ("full"
 LEAST_SEGMENT = 128
 # Numbers of ranks a sequence that are looked at, at most.
 MOST_CP = 12
+# Tokens of a tile where nothing fits with those that "auto" makes: a product of so many still fills a device.
+SMALL_TILES = 2048
 # How far above the room a rung must be drawn out to be passed over without a trace.
 FAR = 1.25
 # Lengths are found to this part of themselves.
@@ -112,6 +114,9 @@ class Search:
         fitting = sorted((t for t in tried if t.fits), key=lambda t: t.cost)
         if fitting:
             fitting = self._varied(fitting, ranks)
+        elif "memory.tiles" not in self._fixed:  # what is left to give up: large products
+            tried += [self._try((*settings, f"memory.tiles={SMALL_TILES}"), ranks) for settings in self._frugal(ranks)[-1:]]
+            fitting = [t for t in tried if t.fits]
         losers = [replace(t, why=t.why or _slower(t, fitting[0])) for t in fitting[1:]]
         return fitting[:1] + losers + [t for t in tried if not t.fits]
 
@@ -184,7 +189,9 @@ class Search:
         return tuple(f"{key}={value}" for key, value in settings.items() if key not in self._fixed)
 
     def _varied(self, fitting: list[Tried], ranks: int) -> list[Tried]:
-        """With what may be faster still than the best: twice the rows, and keys that are kept instead of gathered again."""
+        """With what may be faster still than the best: twice the rows, keys that are kept instead of gathered again, another
+        order, and all heads' keys in one gather or each key head's in its own, where "auto" chooses by bytes.
+        """
 
         def ranked(more: list[Tried]) -> list[Tried]:
             return sorted([*fitting, *more], key=lambda t: t.cost if t.fits else float("inf"))
@@ -195,8 +202,16 @@ class Search:
             assert isinstance(config.parallel.cp, int)
             fitting = ranked(self._at_cp(config.parallel.cp, ranks, rows=2))
         config = self._build(fitting[0].settings, ranks)
-        if "parallel.regather" not in self._fixed and config.parallel.cp != 1:
-            fitting = ranked([self._try((*fitting[0].settings, "parallel.regather=false"), ranks)])
+        parallel = config.parallel
+        if parallel.cp == 1 or not parallel.strategy.startswith("lss"):
+            return fitting
+        other = "contiguous" if parallel.order == "head_tail" else "head_tail"
+        chunks = (1, config.model.n_kv_heads)
+        for key, value in (("regather", "false"), ("order", other), *(("head_chunks", count) for count in chunks)):
+            best = fitting[0].settings
+            more = self._free({f"parallel.{key}": value})
+            if more and not any(given.startswith(f"parallel.{key}=") for given in best):
+                fitting = ranked([self._try((*best, *more), ranks)])
         return fitting
 
     # -- one candidate -------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ class _Job:
     entries: dict[str, dict[str, dict[str, Any]]]
     state: dict[str, Any]
     ready: Any = None  # on a GPU: when the copies have come
+    yields: bool = False  # training comes first
     copies: _Copies = field(default_factory=list)  # on the host: (to, from), still to do
 
     @property
@@ -100,17 +101,23 @@ class Saver:
         self._copied = threading.Event()
         self._copies: _Copies = []
 
-    def start(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    def start(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], *,
+        yields: bool | None = None,
+    ) -> None:  # fmt: skip
         """Begin to save as `step_N` what model and optimizer hold now.
 
         Args:
             state: JSON values stored in state.json, the first rank's beside step and optimizer. `rank` in it is gathered:
                 each rank's under `ranks`.
+            yields: leave the cores to whatever else wants them; by default where it is in the background. Not for a save
+                that is waited for at once, which other work of a crowded host would then hold up.
 
         Collectives: none here; the thread gathers four texts over `control`.
         """
         assert self._thread is None, "the save before has not been waited for"
         job = self._collect(step, model, optimizer, dict(state))
+        job.yields = self._background if yields is None else yields
         self._outcome = None
         self._copied.clear()
         self._copies = job.copies
@@ -188,7 +195,7 @@ class Saver:
     def _run(self, job: _Job) -> None:
         path = self.folder / f"step_{job.step}"
         try:
-            if self._background:  # a step that computes beside it comes first
+            if job.yields:
                 yield_cores()
             try:
                 _copy(job.copies)
@@ -241,9 +248,8 @@ class Saver:
         rank, world = self._control.rank, self._control.size
         shares = {tensor_file(kind, rank, world): tensors for kind, tensors in job.tensors.items() if tensors}
         # both files at once, and each in pieces: one core hashes about as fast as a good disk writes, two are faster
-        yields = self._background
-        aside_of_training = ThreadPoolExecutor(len(KINDS), initializer=yield_cores if yields else None)
-        with hashers(yielding=yields) as pool, aside_of_training as writers:
+        writing = ThreadPoolExecutor(len(KINDS), initializer=yield_cores if job.yields else None)
+        with hashers(yielding=job.yields) as pool, writing as writers:
             written = {name: writers.submit(write_tensors, aside / name, tensors, PieceDigest(pool))
                        for name, tensors in shares.items()}  # fmt: skip
         return {name: file_facts(*done.result()) for name, done in written.items()}

@@ -134,8 +134,11 @@ class Saving:
         """Refuse a folder that cannot be written or that not all ranks see, before step 1."""
         probe_shared(self._out, self._control)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, waited_for: bool = False) -> None:
         """Save `step`, once: a step that is saved, or being saved, is not saved again.
+
+        Args:
+            waited_for: no training goes on beside it, that it should give way to.
 
         In the background it returns at once, and `before_update` waits until the values are copied; how that save ended
         shows at the next one and in `finish`.
@@ -147,7 +150,8 @@ class Saving:
             return
         self._settle()
         self._asked = step
-        self._saver.start(step, self._model, self._optimizer, self._state(step))
+        yields = False if waited_for else None
+        self._saver.start(step, self._model, self._optimizer, self._state(step), yields=yields)
         if not self._settings.background:
             self._settle()
 

@@ -235,7 +235,7 @@ class Trainer:
         asked = stopping.agree()
         if asked or step == train.steps or (every and step % every == 0):
             self._at(step, "saving")
-            self.save(step)
+            self.save(step, waited_for=asked or step == train.steps)
             if asked and not stopping.stop:
                 path = self.saving.prove(step)
                 console.note(f"step {step}/{train.steps}  saved as {path}, as asked by SIGUSR1")
@@ -300,9 +300,9 @@ class Trainer:
         """Mean held-out loss in nats per byte or token; NaN where the ranks have agreed to stop before its end."""
         return evaluate(self.model, self._held_out, self.config, stop=self.stopping.agree_to_stop)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, waited_for: bool = False) -> None:
         """Write `out/checkpoints/step_N`, unless that step has been saved; see `Saving.save`."""
-        self.saving.save(step)
+        self.saving.save(step, waited_for=waited_for)
 
     def finish_saves(self) -> None:
         """Wait for the save under way; see `Saving.finish`."""

@@ -128,7 +128,7 @@ def helped_copies(ranks: int, out: str):
     return *found, then
 
 
-def policies(ranks: int, out: str, background: bool):
+def policies(ranks: int, out: str, background: bool, waited_for: bool):
     """How the system schedules the threads that write and hash a save, and the one that trains, after it."""
     trainer, found = trainer_of(ranks, out, [f"checkpoint.background={str(background).lower()}"]), set()
     write, hashed = files.write_bytes, digest._hash
@@ -142,7 +142,7 @@ def policies(ranks: int, out: str, background: bool):
 
     files.write_bytes, digest._hash = noted(write), noted(hashed)
     try:
-        trainer.save(0)
+        trainer.save(0, waited_for=waited_for)
         trainer.finish_saves()
     finally:
         files.write_bytes, digest._hash = write, hashed
@@ -162,12 +162,12 @@ def failing_saves(ranks: int, out: str, overrides: list[str], full: list[int]):
     trainer = trainer_of(ranks, out, overrides)
     write, start = files.write_bytes, trainer.saving._saver.start
 
-    def planted(step, *rest):
+    def planted(step, *rest, **how):
         def full_disk(descriptor, data):
             raise OSError(28, "No space left on device")
 
         files.write_bytes = full_disk if step in full and trainer.mesh.get_rank() == ranks - 1 else write
-        start(step, *rest)
+        start(step, *rest, **how)
 
     trainer.saving._saver.start = planted
     reason = ""

@@ -48,8 +48,11 @@ def test_what_the_saving_thread_has_had_no_time_to_copy_the_update_copies(tmp_pa
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="a thread can be scheduled behind all others on Linux alone")
 def test_a_save_in_the_background_leaves_the_cores_to_training(tmp_path):
     usual = os.sched_getscheduler(0)
-    for background, policy in ((False, usual), (True, os.SCHED_IDLE)):
-        assert pool(2).run(policies, 2, str(tmp_path / str(background)), background) == [({policy}, usual)] * 2
+    for run, (background, waited_for, policy) in enumerate((
+        (False, False, usual), (True, False, os.SCHED_IDLE), (True, True, usual),
+    )):  # fmt: skip
+        found = pool(2).run(policies, 2, str(tmp_path / str(run)), background, waited_for)
+        assert found == [({policy}, usual)] * 2
 
 
 def test_a_synchronous_save_copies_nothing(tmp_path):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PARTS = {
     "attention": "scores and values, forward and backward",
     "matrices": "all other matrix products, with what is computed again",
+    "bubbles": "waiting for the rank that has most of the scores",
     "exchange": "keys and their gradients, as far as attention does not hide them",
     "gradients": "summing them, as far as backward does not hide it",
     "offload": "copies to the host and back, as far as the above does not hide them",

@@ -40,7 +40,8 @@ class Plan:
 
     Attributes:
         peak: memory, as of `estimate`; `room`: bytes of the device.
-        seconds: by part: "attention", "matrices", "exchange" (what attention does not hide), "gradients" (summing that
+        seconds: by part: "attention" (of the mean rank), "bubbles" (in which others wait for the rank that has most of it),
+            "matrices", "exchange" (what attention does not hide), "gradients" (summing that
             backward does not hide), "offload" (copies to the host and back that nothing hides), "update".
         payload: bytes of collectives by purpose.
         calls: how many they are, by purpose.
@@ -96,11 +97,10 @@ def make_plan(config: Config, hardware: Hardware, traces: Traces | None = None) 
     )
     peak, calls, cp = step.peak, step.collectives, config.parallel.cp
     assert isinstance(cp, int)
-    seconds = {
-        "attention": attention_seconds(config, hardware),
-        "matrices": step.products / hardware.matrices,
-    }
-    seconds["exchange"] = _exposed(config, hardware, calls, seconds["attention"])
+    attention = attention_seconds(config, hardware)
+    mean = attention / cp / _largest_share(config)
+    seconds = {"attention": mean, "matrices": step.products / hardware.matrices, "bubbles": max(0.0, attention - mean)}
+    seconds["exchange"] = _exposed(config, hardware, calls, attention)
     seconds["gradients"] = _summing(config, hardware, calls, sum(seconds.values()))
     seconds["offload"] = max(0.0, _copied(config, peak) / hardware.host_link - sum(seconds.values()))
     seconds["update"] = _update(config, hardware, peak, per_host)
@@ -165,17 +165,22 @@ def _scores(config: Config) -> float:
 
 def _attention_flops(config: Config, again: float) -> float:
     """Forward and backward of the rank that has most, and once more forward of the part of blocks that computes it again."""
+    units = 3.5 + again
+    # a score of one head is 2 H in Q K^T and 2 H in P V
+    return units * 4 * config.model.d_model * _scores(config) * _largest_share(config) * _rows(config)
+
+
+def _largest_share(config: Config) -> float:
+    """The part of a sequence's scores that the rank with most of them computes; 1 / cp where all have as many."""
     cp, S = config.parallel.cp, config.data.seq_len
     assert isinstance(cp, int)
-    units = 3.5 + again
     share = 1.0 / cp
     if config.parallel.strategy == "ulysses":  # a head is computed whole
         share = math.ceil(config.model.n_heads / cp) / config.model.n_heads
     if config.parallel.order == "contiguous" and config.parallel.strategy.startswith("lss") and not config.model.windows:
         last = make_segment(S, cp=cp, rank=cp - 1, order="contiguous").positions
         share = float((last.clamp(max=S - 1) + 1).sum()) / (S * (S + 1) / 2)
-    # a score of one head is 2 H in Q K^T and 2 H in P V
-    return units * 4 * config.model.d_model * _scores(config) * share * _rows(config)
+    return share
 
 
 def _exposed(config: Config, hardware: Hardware, calls: Collectives, attention: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Request:
 class Tracers:
     """A process for each core, `MOST` at most, and none where there is one core. Use as a context manager.
 
-    They are forked, so that none has to import torch again: enter before this process starts threads.
+    They are forked, so that none has to import torch again: enter before this process starts threads. Where it has, there
+    are none: what another thread has locked at that moment would stay locked in them for ever.
 
     Args:
         count: processes; by default by the cores that this process may use.
@@ -58,7 +60,7 @@ class Tracers:
         self._processes: list[Any] = []
 
     def __enter__(self) -> Tracers:
-        if self._count > 1:
+        if self._count > 1 and threading.active_count() == 1:
             fork = mp.get_context("fork")
             for _ in range(self._count):
                 here, there = fork.Pipe()

@@ -109,7 +109,12 @@ def test_the_last_rank_of_a_contiguous_cut_sets_the_time():
     orders = {order: load_config(None, [*SMALL, f"parallel.order={order}", "data.seq_len=4096"]).resolved(4)
               for order in ("head_tail", "contiguous")}  # fmt: skip
     flops = {order: _attention_flops(config, 0.0) for order, config in orders.items()}
-    assert flops["contiguous"] / flops["head_tail"] == pytest.approx(4 * (1 - 0.75**2), rel=1e-3)
+    more = 4 * (1 - 0.75**2)
+    assert flops["contiguous"] / flops["head_tail"] == pytest.approx(more, rel=1e-3)
+    balanced, waiting = (make_plan(orders[order], HARDWARE["h100"]).seconds for order in ("head_tail", "contiguous"))
+    assert balanced["bubbles"] == pytest.approx(0.0, abs=1e-12)
+    assert waiting["attention"] == pytest.approx(balanced["attention"], rel=1e-6)
+    assert waiting["bubbles"] / waiting["attention"] == pytest.approx(more - 1, rel=1e-3)
 
 
 def test_rates_lie_between_those_that_were_measured():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from dataclasses import replace
 
@@ -187,8 +188,23 @@ def test_the_best_of_a_thousand_devices_takes_few_traces(monkeypatch):
     assert plan.step / plan.tokens >= found[0].cost
 
 
-def test_processes_take_the_same_traces():
+def test_no_process_is_forked_beside_a_thread_whose_locks_it_would_inherit():
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        with tracers.Tracers(2) as beside:
+            assert beside._processes == []
+            beside.ask("key", "request")
+            assert beside.result("key") is None  # the one that asks takes it itself
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_processes_take_the_same_traces(monkeypatch):
     config = load_config(None, [*SMALL, "memory.checkpointing=attention"]).resolved(2)
+    monkeypatch.setattr(tracers.threading, "active_count", lambda: 1)  # other tests may have left some that sleep
     with tracers.Tracers(2) as beside:
         found = make_plan(config, H100, Traces(beside))
         wrong = load_config(None, [*SMALL, "data.packing=true", "train.batch_size=1"]).resolved(1)

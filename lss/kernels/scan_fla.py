@@ -31,9 +31,8 @@ from lss.segment import Segment
 RESET, LEAST = -200.0, -150.0
 # what decays are rounded to in blocks where a document begins; sums of a block's 64 RESETs are exact in float32 with it
 GRID = 2.0**-10
-# numbers of state in a section's blocks, over all rows and heads: 256 MiB of them. With half as many the host takes as long
-# to launch a section's kernels as the GPU to run them.
-SECTION = 1 << 27
+# numbers of state in a section's blocks, over all rows and heads: 128 MiB of them
+SECTION = 1 << 26
 
 
 @cache
@@ -123,7 +122,6 @@ class _Rows:
     def __init__(self, q, k, v, g, segment: Segment) -> None:
         self.chunks = len(segment.chunks)
         begins, blocks, self.through, self.padding = _places(segment, q.device)
-        self.begins = None if begins is None else begins.view(self.chunks, -1)
         g = g.float()
         if begins is not None:
             g = g.masked_fill(begins[:, None], 0.0)
@@ -152,37 +150,6 @@ class _Rows:
         decay = self.by_chunk(self.g.sum(1).exp())
         return decay if self.through is None else decay * self.through[:, None]
 
-    def _reach(self, at: slice, *, backward: bool) -> torch.Tensor:
-        """What of a token reaches behind the section, or of what stood before comes to it: (X, l, N), 0 past documents."""
-        g = self.g[:, at]
-        begins = None if self.begins is None else self.begins[:, at]
-        if not backward:  # decays of the tokens behind each, summed from the last: those near it count, and are exact
-            g = F.pad(g[:, 1:], (0, 0, 0, 1)).flip(1)
-            begins = None if begins is None else F.pad(begins[:, 1:], (0, 1)).flip(1)
-        reach = g.cumsum(1).exp()
-        if begins is not None:
-            reach = reach.unflatten(0, (-1, self.chunks)).masked_fill(begins.cumsum(1).bool()[..., None], 0.0).flatten(0, 1)
-        return reach if backward else reach.flip(1)
-
-    def passed(self, at: slice, keys: torch.Tensor, values: torch.Tensor, state: torch.Tensor, *, backward: bool = False):
-        """The state behind a section, of k and v and the state before it; `backward`: the gradient before it, of q and dy.
-
-        exp(sum of g) S + sum over t of reach_t k_t v_t^T: one product, without the states between.
-
-        Args:
-            keys, values: the section's (X, l, K, P), (X, l, N, H).
-            state: (X, N, P, H), float32.
-        """
-        reach = self._reach(at, backward=backward)
-        through = self.g[:, at].sum(1).exp()
-        if self.begins is not None:
-            through = through * ~self.begins[:, at].any(1).repeat(len(through) // self.chunks)[:, None]
-        values = (values * reach[..., None]).to(values.dtype).unflatten(2, (keys.shape[2], -1)).flatten(3)
-        of_heads = _products(keys.permute(0, 2, 3, 1), values.transpose(1, 2))
-        P, H = self.state[2:]
-        of_heads = of_heads.unflatten(3, (-1, H)).transpose(2, 3).reshape(len(through), -1, P, H)
-        return (through[..., None, None] * state + of_heads).contiguous()
-
     def of(self, at: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v, and the running sums of decays in blocks, in powers of 2, of a section."""
         q, k, v, sums = (x[:, at].contiguous() for x in (self.q, self.k, self.v, self.sums))
@@ -190,7 +157,7 @@ class _Rows:
 
     def wide(self, x_XlKP: torch.Tensor) -> torch.Tensor:
         """Queries or keys of every head of v."""
-        return x_XlKP if self.share == 1 else _fused(_repeated, x_XlKP)(x_XlKP, self.share)
+        return x_XlKP if self.share == 1 else x_XlKP.repeat_interleave(self.share, 2)
 
     def zeros(self) -> torch.Tensor:
         """A state that holds nothing. Always given: with and without are two kernels to compile, and to tune."""
@@ -252,7 +219,8 @@ def forward(q, k, v, g, segment: Segment, passing: Passing | None) -> tuple[torc
         if passing is not None:
             end = entering
             for at in rows.sections:
-                end = rows.passed(at, rows.k[:, at], rows.v[:, at], end)
+                _, k_s, v_s, sums = rows.of(at)
+                _, end = rows.states(k_s, v_s, sums, end)
             entering = passing.forward(rows.decay(), rows.by_chunk(end))().flatten(0, 1).contiguous()
         kept, out = [], torch.empty_like(rows.v)
         for at in rows.sections:
@@ -276,7 +244,8 @@ def backward(dy, q, k, v, g, states, segment: Segment, passing: Passing | None) 
         behind = rows.zeros()
         if passing is not None:
             for at in reversed(rows.sections):
-                behind = rows.passed(at, rows.q[:, at], dy[:, at], behind, backward=True)
+                q_s, _, _, sums = rows.of(at)
+                _, behind = rows.leaving(q_s, dy[:, at].contiguous(), sums, behind)
             behind = passing.backward(rows.by_chunk(behind))().flatten(0, 1).contiguous()
         grads = [torch.empty_like(x) for x in (rows.q, rows.k, rows.v, rows.g)]
         for number, at in reversed(list(enumerate(rows.sections))):
@@ -285,7 +254,7 @@ def backward(dy, q, k, v, g, states, segment: Segment, passing: Passing | None) 
             h, _ = rows.states(k_s, v_s, sums, states[number])
             dh, behind = rows.leaving(q_s, dy_s, sums, behind)
             dv = _functions().dv(q_s, k_s, dy_s, dh, g=sums, scale=1.0, chunk_size=BLOCK)
-            dq, dk, dg = _fused(section_gradients, q)(q_s, k_s, v_s, sums, dy_s, h, dh)
+            dq, dk, dg = _gradients(q.device.type)(q_s, k_s, v_s, sums, dy_s, h, dh)
             for grad, part in zip(grads, (dq, dk, dv, dg), strict=True):
                 grad[:, at] = part
         dq, dk, dv, dg = (rows.back(grad) for grad in grads)
@@ -293,24 +262,9 @@ def backward(dy, q, k, v, g, states, segment: Segment, passing: Passing | None) 
 
 
 @cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False)
-
-
-def _fused(function: Callable, of: torch.Tensor) -> Callable:
-    """Compiled on a GPU: what stands between products is read and written once, not by each operation."""
-    return _compiled(function) if of.is_cuda else function
-
-
-def _repeated(x_XlKP: torch.Tensor, times: int) -> torch.Tensor:
-    return x_XlKP.repeat_interleave(times, 2)
-
-
-def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, in float32."""
-    if not a.is_cuda:
-        return a.float() @ b.float()
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+def _gradients(device_type: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    # compiled: what stands between its products is read and written once, not by each operation
+    return torch.compile(section_gradients, dynamic=False) if device_type == "cuda" else section_gradients
 
 
 def section_gradients(q, k, v, sums, dy, h, dh) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -352,6 +306,6 @@ def section_gradients(q, k, v, sums, dy, h, dh) -> tuple[torch.Tensor, torch.Ten
     dq = (dscores @ k).float() + read.sum(3, dtype=torch.float32)
     dk = (dscores.mT @ q).float() + written.sum(3, dtype=torch.float32)
     read, written = ((x * of[:, :, :, None]).sum(-1, dtype=torch.float32) for x, of in ((read, q), (written, k)))
-    passed = last.exp2() * (h.float() * dh.float()).sum((-2, -1))
+    passed = last.exp2() * (h.flatten(-2)[..., None, :] @ dh.flatten(-2)[..., None])[..., 0, 0]
     dg += read.flip(-1).cumsum(-1).flip(-1) + F.pad(written.cumsum(-1)[..., :-1], (1, 0)) + passed[..., None]
     return back(dq[:, :, :, None]), back(dk[:, :, :, None]), back(dg[..., None])[..., 0]

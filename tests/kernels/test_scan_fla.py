@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lss.kernels import scan_fla
 from lss.kernels.scan_blocks import ScanWork, chained
 from lss.kernels.scan_fla import block_sums, marked_blocks, section_gradients
 from lss.segment import make_segment, scan_blocks
@@ -57,27 +56,3 @@ def test_gradients_of_a_section_are_those_of_the_blocks(N, K, dtype, bound):
     found = section_gradients(q, k, v, block_sums(g, None), dy, h, dh)
     for a, b in zip(found, (dq, dk, dg[..., 0]), strict=True):
         assert float((a.double() - b).norm() / b.norm()) <= bound
-
-
-@pytest.mark.parametrize(
-    "cp, rank, edges, B", [(1, 0, None, 2), (3, 1, None, 2), (3, 1, DOCUMENTS, 1), (3, 0, (0, 1000), 1)]
-)
-@pytest.mark.parametrize("backward", [False, True])
-def test_what_passes_through_sections_is_what_passes_through_tokens(cp, rank, edges, B, backward, monkeypatch):
-    """Token by token in float64; three sections a chunk."""
-    segment = make_segment(1000, cp=cp, rank=rank, cu_seqlens=edges)
-    monkeypatch.setattr(scan_fla, "SECTION", 1)
-    q, k, v, g, dy, *_ = drawn(segment, N=4, K=2, P=16, H=32, B=B, device="cpu")
-    rows = scan_fla._Rows(q, k, v, g, segment)
-    assert len(rows.sections) >= 3
-    keys, values = (rows.q, rows.cut(dy)) if backward else (rows.k, rows.v)
-    found = torch.randn(rows.state, generator=torch.Generator().manual_seed(1))
-    true, decays = found.double(), rows.g.double().exp()
-    for at in reversed(rows.sections) if backward else rows.sections:
-        found = rows.passed(at, keys[:, at], values[:, at], found, backward=backward)
-    begins = torch.zeros(rows.g.shape[:2]).bool() if rows.begins is None else rows.begins.repeat(B, 1)
-    pairs = keys.double().repeat_interleave(2, 2)[..., None] * values.double()[..., None, :]
-    for t in reversed(range(rows.g.shape[1])) if backward else range(rows.g.shape[1]):
-        kept = decays[:, t] * ~begins[:, t, None]
-        true = (true + pairs[:, t]) * kept[..., None, None] if backward else true * kept[..., None, None] + pairs[:, t]
-    assert float((found.double() - true).norm() / true.norm().clamp_min(1e-12)) <= 6e-3

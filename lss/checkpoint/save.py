@@ -13,7 +13,6 @@ import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,48 @@ class Outcome:
     lost: bool = False
 
 
-_Copies = list[tuple[torch.Tensor, torch.Tensor]]
+class _Copies:
+    """Tensors of the host that a save has still to copy. Several threads make the copies together, each one at a time."""
+
+    def __init__(self) -> None:
+        self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._undone = 0
+        self._why: Exception | None = None
+        self._changed = threading.Condition()
+
+    @property
+    def made(self) -> bool:
+        """Whether every copy has been made, and not only begun."""
+        return not self._undone
+
+    def add(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        """One more, before any is made."""
+        self._left.append((to, source))
+        self._undone += 1
+
+    def make(self) -> None:
+        """Make those that nobody has begun, and wait for the others.
+
+        Raises:
+            Exception: that with which a copy ended, here or in another thread.
+        """
+        while True:
+            with self._changed:
+                if not self._left:
+                    break
+                to, source = self._left.pop()
+            try:
+                _copy(to, source)
+            except Exception as error:
+                self._why = error
+            finally:
+                with self._changed:
+                    self._undone -= 1
+                    self._changed.notify_all()
+        with self._changed:
+            self._changed.wait_for(lambda: self.made)
+        if self._why is not None:
+            raise self._why
 
 
 @dataclass
@@ -60,7 +100,7 @@ class _Job:
     state: dict[str, Any]
     ready: Any = None  # on a GPU: when the copies have come
     yields: bool = False  # training comes first
-    copies: _Copies = field(default_factory=list)  # on the host: (to, from), still to do
+    copies: _Copies = field(default_factory=_Copies)
 
     @property
     def bytes(self) -> int:
@@ -98,29 +138,26 @@ class Saver:
         self._held: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
-        self._copied = threading.Event()
-        self._copies: _Copies = []
+        self._copies = _Copies()
 
     def start(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], *,
-        yields: bool | None = None,
+        waited_for: bool = False,
     ) -> None:  # fmt: skip
         """Begin to save as `step_N` what model and optimizer hold now.
 
         Args:
             state: JSON values stored in state.json, the first rank's beside step and optimizer. `rank` in it is gathered:
                 each rank's under `ranks`.
-            yields: leave the cores to whatever else wants them; by default where it is in the background. Not for a save
-                that is waited for at once, which other work of a crowded host would then hold up.
+            waited_for: at once, also where saves are in the background: the threads do not leave the cores to whatever else
+                wants them, since other work of a crowded host would then hold it up.
 
         Collectives: none here; the thread gathers four texts over `control`.
         """
         assert self._thread is None, "the save before has not been waited for"
         job = self._collect(step, model, optimizer, dict(state))
-        job.yields = self._background if yields is None else yields
-        self._outcome = None
-        self._copied.clear()
-        self._copies = job.copies
+        job.yields = self._background and not waited_for
+        self._outcome, self._copies = None, job.copies
         # a daemon: a run that fails must not wait for a save that cannot end
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save of step {step}", daemon=True)
         self._thread.start()
@@ -130,9 +167,8 @@ class Saver:
 
         What its thread, which leaves the cores to training, has not copied yet is copied here.
         """
-        if self._thread is not None and self._background:
-            _copy(self._copies)
-            self._copied.wait()
+        if self._thread is not None:
+            self._copies.make()
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait for the save under way; returns how it ended, None where there is none or time is up."""
@@ -187,7 +223,7 @@ class Saver:
             # in the order of its stream, so that the next update comes after
             held.copy_(box, non_blocking=True)
         else:
-            job.copies.append((held, box))
+            job.copies.add(held, box)
         return held
 
     # -- the thread --------------------------------------------------------------------------------------------------
@@ -197,10 +233,7 @@ class Saver:
         try:
             if job.yields:
                 yield_cores()
-            try:
-                _copy(job.copies)
-            finally:
-                self._copied.set()
+            job.copies.make()
             if job.ready is not None:
                 job.ready.synchronize()
             self._outcome = Outcome(job.step, path, self._save(job, path))
@@ -272,12 +305,9 @@ class Saver:
         prune(self.folder, self._keep, self._keep_every)
 
 
-def _copy(copies: _Copies) -> None:
-    """Copy on the host, and let the originals go. Several threads may do it together: each takes one at a time."""
-    with torch.no_grad(), suppress(IndexError):  # none is left
-        while True:
-            held, box = copies.pop()
-            held.copy_(box)
+@torch.no_grad()
+def _copy(to: torch.Tensor, source: torch.Tensor) -> None:
+    to.copy_(source)
 
 
 def _prepare(path: Path) -> int:

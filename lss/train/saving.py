@@ -137,11 +137,11 @@ class Saving:
     def save(self, step: int, *, waited_for: bool = False) -> None:
         """Save `step`, once: a step that is saved, or being saved, is not saved again.
 
-        Args:
-            waited_for: no training goes on beside it, that it should give way to.
-
         In the background it returns at once, and `before_update` waits until the values are copied; how that save ended
         shows at the next one and in `finish`.
+
+        Args:
+            waited_for: no training goes on beside it, that it should give way to.
 
         Raises:
             Failed: a save has failed and checkpoint.on_error is "stop"; on every rank.
@@ -150,8 +150,7 @@ class Saving:
             return
         self._settle()
         self._asked = step
-        yields = False if waited_for else None
-        self._saver.start(step, self._model, self._optimizer, self._state(step), yields=yields)
+        self._saver.start(step, self._model, self._optimizer, self._state(step), waited_for=waited_for)
         if not self._settings.background:
             self._settle()
 

@@ -87,14 +87,18 @@ def late_copy(ranks: int, out: str):
     then, copy, updated = everything(trainer), save._copy, threading.Event()
     handle = trainer.optimizer.register_step_post_hook(lambda *_: updated.set())
 
-    def late(copies):
-        updated.wait(1.0)  # an update that does not wait comes first
-        copy(copies)
+    begun = []
+
+    def late(to, source):
+        begun.append(to)
+        if len(begun) == 1:
+            updated.wait(1.0)  # an update that does not wait comes first
+        copy(to, source)
 
     save._copy = late
     try:
         trainer.save(1)
-        returned_first = not trainer.saving._saver._copied.is_set()
+        returned_first = not trainer.saving._saver._copies.made
         trainer.train_step(2)
         trainer.finish_saves()
     finally:
@@ -104,7 +108,7 @@ def late_copy(ranks: int, out: str):
 
 
 def helped_copies(ranks: int, out: str):
-    """A save whose thread gets no time: whether what waits for the copies makes them, and still waits for the thread."""
+    """A save whose thread gets no time: whether what waits for the copies makes them all, and before it got any."""
     trainer = trainer_of(ranks, out, ["checkpoint.background=true"])
     trainer.train_step(1)
     then, given, yield_cores, saver = everything(trainer), threading.Event(), save.yield_cores, trainer.saving._saver
@@ -114,10 +118,9 @@ def helped_copies(ranks: int, out: str):
         waiting = threading.Thread(target=saver.copied)
         waiting.start()
         until = time.monotonic() + 30
-        while saver._copies and time.monotonic() < until:
+        while not saver._copies.made and time.monotonic() < until:
             time.sleep(0.01)
-        waiting.join(0.2)
-        found = not saver._copies, waiting.is_alive()
+        found = saver._copies.made, given.is_set()
         given.set()
         waiting.join()
         trainer.train_step(2)
@@ -126,6 +129,29 @@ def helped_copies(ranks: int, out: str):
         given.set()
         save.yield_cores = yield_cores
     return *found, then
+
+
+def copies_under_way(ranks: int, out: str):
+    """The update is in the midst of the last copy when the saving thread finds none left: what the save must hold."""
+    trainer = trainer_of(ranks, out, ["checkpoint.background=true"])
+    trainer.train_step(1)
+    then, copy, yield_cores, midst = everything(trainer), save._copy, save.yield_cores, threading.Event()
+    saver = trainer.saving._saver
+
+    def slow(to, source):
+        if not saver._copies._left:
+            midst.set()
+            time.sleep(1.0)  # a save that does not wait is written meanwhile
+        copy(to, source)
+
+    save._copy, save.yield_cores = slow, midst.wait
+    try:
+        trainer.save(1)
+        trainer.train_step(2)
+        trainer.finish_saves()
+    finally:
+        save._copy, save.yield_cores = copy, yield_cores
+    return midst.is_set(), then
 
 
 def policies(ranks: int, out: str, background: bool, waited_for: bool):

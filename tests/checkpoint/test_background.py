@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lss.checkpoint import read_weights, verify
-from tests.checkpoint.jobs import helped_copies, late_copy, late_save, no_copies, policies
+from tests.checkpoint.jobs import copies_under_way, helped_copies, late_copy, late_save, no_copies, policies
 from tests.distributed.pool import pool
 
 
@@ -39,10 +39,22 @@ def test_the_update_waits_for_copies_that_are_late(tmp_path):
 
 def test_what_the_saving_thread_has_had_no_time_to_copy_the_update_copies(tmp_path):
     results = pool(2).run(helped_copies, 2, str(tmp_path / "run"))
-    assert [(helped, waits) for helped, waits, _ in results] == [(True, True)] * 2
+    assert [(helped, given) for helped, given, _ in results] == [(True, False)] * 2
     weights = dict(read_weights(verify(tmp_path / "run" / "checkpoints" / "step_1")))
     assert weights
     assert all(torch.equal(weight, results[0][2][f"weights {name}"]) for name, weight in weights.items())
+
+
+def test_nothing_is_written_while_the_update_still_copies_it(tmp_path):
+    results = pool(2).run(copies_under_way, 2, str(tmp_path / "run"))
+    assert all(reached for reached, _ in results), "the update copied nothing: the test proves nothing"
+    checkpoint = verify(tmp_path / "run" / "checkpoints" / "step_1")
+    found = {f"weights {name}": x for name, x in read_weights(checkpoint).items()}
+    states = checkpoint.tensors("optimizer")
+    assert found
+    assert len(states) == 2 * len(found)
+    for name, weight in found.items():
+        assert torch.equal(weight, results[0][1][name]), name
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="a thread can be scheduled behind all others on Linux alone")

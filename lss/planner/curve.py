@@ -50,11 +50,10 @@ class Curve:
         """(moments,) int64, bytes of one class."""
         return self.live[:, ON_DEVICE.index(name)]
 
-
     def highest(self) -> Peak:
         """The first moment of most bytes, without an operation's name and the host's part."""
         at = int(self.total.argmax())
-        (name,) = [name for name, first in self.parts if first <= at][-1:] or ["forward"]
+        name = [name for name, first in self.parts if first <= at][-1]
         found = dict(zip(ON_DEVICE, self.live[at].tolist(), strict=True))
         classes = {label: n for label, n in sorted(found.items(), key=lambda one: -one[1]) if n}
         return Peak(self.peak, "forward" if name == "loss" else name, "", classes, 0)

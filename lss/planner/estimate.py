@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 
@@ -11,7 +10,7 @@ from lss.config import Config
 from lss.config.errors import refuse
 from lss.planner.curve import Curve, curve_of
 from lss.planner.drawn import SHORT, Drawn, Traces, by_depth, draw, drawn_out
-from lss.planner.host_room import again_share, room_of, within, without_room
+from lss.planner.host_room import again_share, room_of, with_all_room, within, without_room
 from lss.planner.ledger import Peak
 from lss.planner.remedies import parts, remedies, size
 from lss.tiled import LOGITS_BYTES, PART_OF_GPU, tile_budget
@@ -59,13 +58,11 @@ def curve_drawn(
     """
     logits, kernel, room = _logits(config, device, memory), _kernel(device, memory), room_of(config, host)
 
-    def drawn(config: Config) -> tuple[list[Drawn], float]:
-        return by_depth(config, logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces)
-
-    open_ended = replace(config, memory=replace(config.memory, offload_gib="auto"))
-    steps, rounds = drawn(open_ended)
-    if again_share(config, room) or without_room(config, room, drawn_out(steps, rounds)):
-        fit = f"host memory of {size(room or 0)} has no room for all that is kept there, of which blocks differ"
+    steps, rounds = by_depth(
+        with_all_room(config), logits, granularity=granularity, ranks_per_node=ranks_per_node, kernel=kernel, traces=traces
+    )
+    if room is not None and (again_share(config, room) or without_room(config, room, drawn_out(steps, rounds))):
+        fit = f"host memory of {size(room)} has no room for all that is kept there, of which blocks differ"
         raise refuse("memory.offload_gib", config.memory.offload_gib, f"{fit}; plan without a picture, or give more")
     ledgers = [step.ledger for step in steps if step.ledger is not None]
     if len(ledgers) < len(steps):

@@ -53,17 +53,22 @@ def again_share(config: Config, room: int | None) -> float:
     return 1.0 - min(stack.outputs_kept(x, room, half), stack.blocks) / stack.blocks
 
 
+def with_all_room(config: Config) -> Config:
+    """As it is traced: "auto" is enough in a trace."""
+    return replace(config, memory=replace(config.memory, offload_gib="auto"))
+
+
 def within(config: Config, room: int | None, draw: Callable[[Config], Drawn]) -> Drawn:
     """The step that `draw` draws with room for all, as it is with this much.
 
     Collectives, products and what the host holds lie between those of a step that keeps attention's outputs and of one that
     computes all again; the peak is the larger one's.
     """
-    open_ended = replace(config, memory=replace(config.memory, offload_gib="auto"))
-    step = draw(open_ended)
+    step = draw(with_all_room(config))
     share = again_share(config, room)
     if share:
-        step = _between(step, draw(replace(open_ended, memory=replace(open_ended.memory, checkpointing="full"))), share)
+        full = replace(config, memory=replace(config.memory, checkpointing="full"))
+        step = _between(step, draw(with_all_room(full)), share)
     stays = without_room(config, room, step)
     if not stays:
         return step

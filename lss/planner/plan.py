@@ -41,8 +41,8 @@ class Plan:
     Attributes:
         peak: memory, as of `estimate`; `room`: bytes of the device.
         seconds: by part: "attention" (of the mean rank), "bubbles" (in which others wait for the rank that has most of it),
-            "matrices", "exchange" (what attention does not hide), "gradients" (summing that
-            backward does not hide), "offload" (copies to the host and back that nothing hides), "update".
+            "matrices", "exchange" (what attention does not hide), "gradients" (summing that backward does not hide),
+            "offload" (copies to the host and back that nothing hides), "update".
         payload: bytes of collectives by purpose.
         calls: how many they are, by purpose.
         flat: seconds of the exchange of keys, had it been in one stage over all hosts.

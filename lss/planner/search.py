@@ -206,12 +206,9 @@ class Search:
         if parallel.cp == 1 or not parallel.strategy.startswith("lss"):
             return fitting
         other = "contiguous" if parallel.order == "head_tail" else "head_tail"
-        chunks = (1, config.model.n_kv_heads)
-        for key, value in (("regather", "false"), ("order", other), *(("head_chunks", count) for count in chunks)):
-            best = fitting[0].settings
-            more = self._free({f"parallel.{key}": value})
-            if more and not any(given.startswith(f"parallel.{key}=") for given in best):
-                fitting = ranked([self._try((*best, *more), ranks)])
+        for key, values in (("regather", {"false"}), ("order", {other}), ("head_chunks", {1, config.model.n_kv_heads})):
+            best, more = fitting[0].settings, [self._free({f"parallel.{key}": value}) for value in sorted(values)]
+            fitting = ranked([self._try((*best, *setting), ranks) for setting in more if setting])
         return fitting
 
     # -- one candidate -------------------------------------------------------------------------------------------------

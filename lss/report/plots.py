@@ -13,7 +13,7 @@ from typing import Any
 from lss.config.errors import Refused
 
 MAX_POINTS = 800  # of a curve: more cannot be told apart at this width
-LONGEST_NAME = 60
+LONGEST_NAME = 60  # characters in a legend
 # Okabe and Ito's colours, told apart by most eyes, on light and on dark
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#999999"  # of what is stacked upon all these

@@ -105,10 +105,12 @@ def rows_of(plan: Plan, way: str, sizes: Sizes, precision: str, gpus: int) -> li
     hardware, whole = PRECISIONS[precision][2], way == "whole"
     share = 1.0 if whole else 1 / sizes.ranks
     more_seconds, more_bytes = left_whole(sizes, hardware) if whole else (0.0, 0)
-    fused = plan.seconds["attention"] * (sizes.ranks if whole else 1)
+    # with the wait for the rank that has most, which has no counterpart where all scores are computed
+    attention = plan.seconds["attention"] + plan.seconds["bubbles"]
+    fused = attention * (sizes.ranks if whole else 1)
     rows = []
     for kernel, (seconds, kept) in (("flash", (fused, 0)), ("unfused", unfused(sizes, share, hardware))):
-        step = plan.step - plan.seconds["attention"] + seconds + more_seconds
+        step = plan.step - attention + seconds + more_seconds
         held = plan.peak.bytes + kept + more_bytes
         numbers = {
             "seconds": step, "attention_s": seconds, "exchange_s": plan.seconds["exchange"],

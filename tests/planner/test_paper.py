@@ -46,9 +46,11 @@ def test_attention_left_whole(paper):
 
 def test_rows_of_a_plan(paper):
     sizes = paper.Sizes(layers=2, width=8, heads=4, tokens=10, ranks=5, number=2)
-    parts = {"attention": 2.0, "matrices": 1.0, "exchange": 3.0, "gradients": 1.0}
+    parts = {"attention": 1.5, "bubbles": 0.5, "matrices": 1.0, "exchange": 3.0, "gradients": 1.0}
     plan = Plan(Peak(1 << 30, "forward", "", {}, 0), 2 << 30, parts, {}, 7e15, 10, 10, HARD)
-    flash, _ = paper.rows_of(plan, "lss", sizes, "half", 10)
+    flash, unfused = paper.rows_of(plan, "lss", sizes, "half", 10)
+    scores, _ = paper.unfused(sizes, 1 / 5, paper.PRECISIONS["half"][2])
+    assert unfused["seconds"] == pytest.approx(7 - 2 + scores, rel=1e-3)  # of all scores no rank has more than another
     assert (flash["seconds"], flash["gib"], flash["pflops"], flash["fits"]) == (7.0, 1.0, 1.0, True)
     assert flash["hidden_pflops"] == pytest.approx(7 / 3, rel=1e-3)
     whole, _ = paper.rows_of(plan, "whole", sizes, "half", 10)
